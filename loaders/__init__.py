@@ -1,0 +1,1 @@
+"""Bytes on disk → Views: conversion, decode-once loaders, the view stage. Imports nothing of fast_essl."""
