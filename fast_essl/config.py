@@ -1,0 +1,205 @@
+"""The typed configuration of a run; every default stands here. `config_io` reads it from files and overrides.
+
+A value out of range is a `ValueError` that begins with the field's name, as `size = 0: must be …`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from loaders.recipe import Interpolation, Recipe
+
+
+class ConfigError(Exception):
+    """A bad configuration; the message is one line that names the source, the key, the value and what to do."""
+
+
+def _require(section: object, field_name: str, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise ValueError(f"{field_name} = {getattr(section, field_name)!r}: must be {wanted}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and how they are read."""
+
+    train: Path
+    """The `.beton` file to pretrain on, relative to the working directory; also the bank of the evaluations."""
+    test: Path
+    """The `.beton` file that evaluations score on."""
+    loader: Literal["ffcv", "torch"] = "ffcv"
+    """Which loader reads the files."""
+    num_workers: int = 0
+    """Threads (ffcv) or processes (torch) of the loader; 0 means all cores."""
+    view_stage: Literal["auto", "reference", "cpu"] = "auto"
+    """Implementation of the view stage; `auto` takes the fastest one of the training device."""
+
+    def __post_init__(self) -> None:
+        _require(self, "num_workers", self.num_workers >= 0, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewsConfig:
+    """The recipes of the two views, of the crop that is transformed, and of evaluation."""
+
+    view1: Recipe
+    """First view of the SSL loss."""
+    view2: Recipe
+    """Second view of the SSL loss."""
+    transformed: Recipe
+    """Crop that is rotated in all four ways; not cut when the equivariance weight is 0."""
+    eval_size: int = 32
+    """Side of the evaluation image, pixels."""
+    eval_center_fraction: float = 1.0
+    """Side of the centred square that evaluation keeps, share of the shorter image side (ImageNet: 224/256)."""
+    eval_interpolation: Interpolation = "bilinear"
+    """Filter of the evaluation resize."""
+
+    def __post_init__(self) -> None:
+        _require(self, "eval_size", 1 <= self.eval_size <= 4096, "from 1 to 4096 pixels")
+        _require(self, "eval_center_fraction", 0 < self.eval_center_fraction <= 1, "above 0 and at most 1")
+
+    def evaluation(self) -> Recipe:
+        """The deterministic recipe of kNN and linear probe, normalised as the first view."""
+        return Recipe.evaluation(
+            self.eval_size,
+            self.eval_center_fraction,
+            mean=self.view1.mean,
+            std=self.view1.std,
+            interpolation=self.eval_interpolation,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Backbone, projector and prediction head."""
+
+    backbone: Literal["resnet10", "resnet18", "resnet50"] = "resnet18"
+    """Architecture of the backbone (He et al., 2016); resnet10 has one block a stage."""
+    width: int = 64
+    """Channels of the first stage; the paper's ResNets have 64."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """`cifar`: 3×3 convolution, no max-pool; `imagenet`: 7×7 of stride 2, then a 3×3 max-pool."""
+    zero_init_residual: bool = False
+    """Whether the last BatchNorm of each block starts at 0 (the paper's ImageNet runs)."""
+    projector_layers: int = 2
+    """Linear layers of the projector (official release: 2 for CIFAR-10)."""
+    projector_hidden: int = 2048
+    """Width of the projector's hidden layers."""
+    projector_out: int = 2048
+    """Size of the embedding."""
+    head_form: Literal["cifar_simclr", "cifar_simsiam", "imagenet"] = "cifar_simclr"
+    """Which of the paper's prediction heads."""
+    head_hidden: int = 2048
+    """Width of the prediction head's hidden layers."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "projector_layers", "projector_hidden", "projector_out", "head_hidden"):
+            _require(self, name, getattr(self, name) >= 1, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """The SSL loss and the equivariance loss."""
+
+    name: Literal["simclr"] = "simclr"
+    """The SSL method; with an equivariance weight above 0 it is its E-SSL variant."""
+    temperature: float = 0.5
+    """Temperature of InfoNCE (paper: 0.5 on CIFAR-10, 0.2 on ImageNet)."""
+    equivariance_weight: float = 0.4
+    """λ in L = L_ssl + λ · L_equivariance (paper, section 3); 0 is the plain SSL baseline."""
+
+    def __post_init__(self) -> None:
+        _require(self, "temperature", self.temperature > 0, "above 0")
+        _require(self, "equivariance_weight", 0 <= self.equivariance_weight < float("inf"), "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """SGD with momentum, linear warm-up from 0, then a cosine."""
+
+    name: Literal["sgd"] = "sgd"
+    """The optimizer."""
+    base_learning_rate: float = 0.06
+    """Peak learning rate for 256 samples a batch; times batch_size / 256 (official release: 0.03, with λ > 0 0.06)."""
+    final_learning_rate: float = 0.0
+    """Where the cosine ends, share of the peak."""
+    warmup_epochs: int = 10
+    """Epochs of linear warm-up."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 5e-4
+    """L2 penalty on all parameters (official release: 5e-4)."""
+
+    def __post_init__(self) -> None:
+        _require(self, "base_learning_rate", 0 < self.base_learning_rate < float("inf"), "above 0")
+        _require(self, "final_learning_rate", 0 <= self.final_learning_rate <= 1, "in [0, 1]")
+        _require(self, "warmup_epochs", self.warmup_epochs >= 0, "0 or more")
+        _require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        _require(self, "weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, in which batches, on what, and what is written down on the way."""
+
+    epochs: int = 800
+    """Passes over the training images; the schedule's length (official release: 800)."""
+    max_steps: int = 0
+    """Stop after so many steps, the schedule unchanged; 0 runs all epochs. A larger value later continues the run."""
+    batch_size: int = 512
+    """Samples a step (official release: 512); the last, smaller batch of an epoch is dropped."""
+    seed: int = 0
+    """Of initialisation, sample order and augmentations."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; `auto` takes CUDA where there is a device."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast type; `auto` is bf16 (fp16 on older devices) on CUDA and fp32 on the CPU."""
+    num_threads: int = 0
+    """CPU threads of torch; 0 means all cores."""
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl; only these steps wait for the device."""
+    knn_every: int = 10
+    """Epochs between online kNN evaluations; 0 never evaluates."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; one is always written at the end and on Ctrl-C or SIGTERM."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "num_threads", "knn_every"):
+            _require(self, name, getattr(self, name) >= 0, "0 or more")
+        for name in ("epochs", "log_every", "checkpoint_every"):
+            _require(self, name, getattr(self, name) >= 1, "1 or more")
+        _require(self, "batch_size", self.batch_size >= 2, "2 or more (InfoNCE needs a negative)")
+        _require(self, "seed", 0 <= self.seed < 2**63, "from 0 to 2**63 - 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that defines a run."""
+
+    data: DataConfig
+    """Which images, and how they are read."""
+    views: ViewsConfig
+    """Crops and augmentations."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Backbone, projector and prediction head."""
+    method: MethodConfig = field(default_factory=MethodConfig)
+    """The losses."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer and schedule."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Length, batches, device, logging."""
+
+    def __post_init__(self) -> None:
+        if self.optimizer.warmup_epochs > self.train.epochs:
+            raise ValueError(
+                f"optimizer.warmup_epochs = {self.optimizer.warmup_epochs}: must be at most "
+                f"train.epochs = {self.train.epochs}"
+            )
+
+    def crop_recipes(self) -> tuple[Recipe, ...]:
+        """What the loader cuts from each image: two views and, for an equivariance weight above 0, the third crop."""
+        views = (self.views.view1, self.views.view2)
+        return (*views, self.views.transformed) if self.method.equivariance_weight > 0 else views

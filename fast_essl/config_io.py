@@ -1,0 +1,255 @@
+"""Configurations as TOML files and command-line overrides, to and from the dataclasses of `config`.
+
+A wrong key, type or range is a `ConfigError` of one line that names the file (or the command line), the key, the
+value and, for a name, the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from fast_essl.config import Config, ConfigError
+
+COMMAND_LINE = "command line"
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read a TOML file and apply command-line overrides to it.
+
+    Args: `overrides`, for example `["--train.max-steps", "20", "--views.view1.scale", "0.1", "1"]`.
+    Errors: `ConfigError`; `OSError` when the file cannot be read.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from None
+    overridden = _apply_overrides(table, overrides or [])
+    sources = dict.fromkeys(overridden, COMMAND_LINE)
+    return config_from_table(table, source=str(path), sources=sources)
+
+
+def config_from_table(table: dict[str, Any], *, source: str, sources: dict[str, str] | None = None) -> Config:
+    """Build a Config from nested plain values.
+
+    Args: `source` names the origin in errors; `sources` the origin of single dotted keys where it differs.
+    Errors: `ConfigError`.
+    """
+    config: Config = _build(Config, table, "", source, sources or {})
+    return config
+
+
+def config_to_table(config: Config) -> dict[str, Any]:
+    """The inverse of `config_from_table`: nested dicts of str, int, float, bool and lists of them."""
+    return {key: _plain(value) for key, value in dataclasses.asdict(config).items()}
+
+
+def config_to_toml(config: Config) -> str:
+    """The resolved configuration as TOML text; reading it back gives an equal Config."""
+    lines: list[str] = []
+
+    def emit(table: dict[str, Any], prefix: str) -> None:
+        values = {key: value for key, value in table.items() if not isinstance(value, dict)}
+        if values:
+            lines.extend(["", f"[{prefix}]"] if prefix else [])
+            lines.extend(f"{key} = {_toml_value(value)}" for key, value in values.items())
+        for key, value in table.items():
+            if isinstance(value, dict):
+                emit(value, f"{prefix}.{key}" if prefix else key)
+
+    emit(config_to_table(config), "")
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested table as one dict by dotted key, as `train.max_steps`."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
+
+
+def _field_types(section: type, prefix: str = "") -> dict[str, Any]:
+    """The type of every field below a dataclass, by dotted key."""
+    found: dict[str, Any] = {}
+    for name, hint in _hints(section).items():
+        if dataclasses.is_dataclass(hint):
+            found.update(_field_types(typing.cast(type, hint), f"{prefix}{name}."))
+        else:
+            found[prefix + name] = hint
+    return found
+
+
+def _hints(section: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(section)
+    return {item.name: hints[item.name] for item in dataclasses.fields(section)}
+
+
+def _nearest(key: str, names: list[str]) -> str:
+    """The valid name most like `key`, which may be right in its last part and wrong in its section."""
+
+    def likeness(name: str) -> float:
+        whole = difflib.SequenceMatcher(None, key, name).ratio()
+        last = difflib.SequenceMatcher(None, key.rpartition(".")[2], name.rpartition(".")[2]).ratio()
+        return whole + last
+
+    return max(names, key=likeness)
+
+
+def _build(section: type, table: dict[str, Any], prefix: str, source: str, sources: dict[str, str]) -> Any:
+    hints = _hints(section)
+    values: dict[str, Any] = {}
+    for name, value in table.items():
+        key = prefix + name
+        origin = sources.get(key, source)
+        if name not in hints:
+            where, nearest = _unknown(key, value)
+            raise ConfigError(f"{origin}: unknown key {where}; the nearest valid name is {nearest}")
+        if not dataclasses.is_dataclass(hints[name]):
+            values[name] = _convert(value, hints[name], f"{origin}: {key}")
+        elif isinstance(value, dict):
+            values[name] = _build(typing.cast(type, hints[name]), value, key + ".", source, sources)
+        else:
+            raise ConfigError(f"{origin}: {key} = {value!r}: must be a section, [{key}]")
+    for item in dataclasses.fields(section):
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if item.name in values or not required:
+            continue
+        if dataclasses.is_dataclass(hints[item.name]):
+            values[item.name] = _build(
+                typing.cast(type, hints[item.name]), {}, f"{prefix}{item.name}.", source, sources
+            )
+        else:
+            raise ConfigError(f"{source}: {prefix}{item.name} is missing and has no default")
+    try:
+        return section(**values)
+    except ValueError as error:  # a range: the message begins with the field's name
+        key = prefix + str(error).split(" = ", 1)[0]
+        raise ConfigError(f"{sources.get(key, source)}: {prefix}{error}") from None
+
+
+def _unknown(key: str, value: Any) -> tuple[str, str]:
+    """How to show an unknown key (a section by its name alone), and the valid name nearest to it."""
+    types_by_key = _field_types(Config)
+    if isinstance(value, dict):
+        sections = sorted({name.rpartition(".")[0] for name in types_by_key} - {""})
+        return f"[{key}]", f"[{_nearest(key, sections)}]"
+    return f"{key} = {value!r}", _nearest(key, list(types_by_key))
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """Check a TOML value against a field's type; whole numbers serve as floats, nothing else is converted."""
+    origin = typing.get_origin(hint)
+    wrong = f"{where} = {value!r}: must be"
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            nearest = _nearest(str(value), list(choices))
+            listed = ", ".join(repr(choice) for choice in choices)
+            raise ConfigError(f"{wrong} one of {listed}; the nearest is {nearest!r}")
+        return value
+    if origin is tuple:
+        parts = typing.get_args(hint)
+        if not isinstance(value, list | tuple) or len(value) != len(parts):
+            raise ConfigError(f"{wrong} {len(parts)} numbers")
+        return tuple(_convert(item, part, where) for item, part in zip(value, parts, strict=True))
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if math.isnan(value):
+            raise ConfigError(f"{wrong} a number")
+        return float(value)
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is bool and isinstance(value, bool):
+        return value
+    kinds = {Path: "a path in quotes", float: "a number", int: "a whole number", bool: "true or false"}
+    raise ConfigError(f"{wrong} {kinds[hint]}")
+
+
+def _apply_overrides(table: dict[str, Any], tokens: list[str]) -> list[str]:
+    """Write `--section.field VALUE…` (or `=VALUE`) into a nested table; returns the dotted keys written."""
+    types_by_key = _field_types(Config)
+    written: list[str] = []
+    position = 0
+    while position < len(tokens):
+        option, equals, joined = tokens[position].partition("=")
+        position += 1
+        if not option.startswith("--"):
+            raise ConfigError(f"{COMMAND_LINE}: {option!r} follows no option; write --section.field VALUE")
+        key = option[2:].replace("-", "_")
+        values = [joined] if equals else []
+        while not equals and position < len(tokens) and not tokens[position].startswith("--"):
+            values.append(tokens[position])
+            position += 1
+        if key not in types_by_key:
+            nearest = _nearest(key, list(types_by_key)).replace("_", "-")
+            shown = " ".join([option, *values])
+            raise ConfigError(
+                f"{COMMAND_LINE}: unknown option {shown}; the nearest valid name is --{nearest}"
+            )
+        *sections, name = key.split(".")
+        inner = table
+        for section in sections:
+            inner = inner.setdefault(section, {})
+            if not isinstance(inner, dict):
+                break  # the file holds a value where a section belongs; building the config says so
+        else:
+            inner[name] = _parse_tokens(values, types_by_key[key], f"{COMMAND_LINE}: {option}")
+            written.append(key)
+    return written
+
+
+def _parse_tokens(values: list[str], hint: Any, where: str) -> Any:
+    """The value that a TOML file would hold, from the words that follow an option."""
+    if typing.get_origin(hint) is tuple:
+        return [_parse_word(word, part) for word, part in zip(values, _parts(hint, len(values)), strict=True)]
+    if len(values) != 1:
+        raise ConfigError(f"{where}: takes one value, {len(values)} given")
+    return _parse_word(values[0], hint)
+
+
+def _parts(hint: types.GenericAlias, num_values: int) -> list[Any]:
+    """The types of a tuple's items; the last one stands for any that are too many (reported when building)."""
+    parts = list(typing.get_args(hint))
+    return (parts + [parts[-1]] * num_values)[:num_values]
+
+
+def _parse_word(word: str, hint: Any) -> Any:
+    """A word as its field's type, or as it is where it is not one: building the config then reports it."""
+    if hint is bool:
+        return {"true": True, "false": False}.get(word.lower(), word)
+    if hint in (int, float):
+        try:
+            return hint(word)
+        except ValueError:
+            return word
+    return word

@@ -1,0 +1,164 @@
+"""Configurations: every file in configs/ is read, every mistake is one line with file, key, value and nearest name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fast_essl.config import Config, ConfigError
+from fast_essl.config_io import config_to_toml, load_config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+MINIMAL = """
+[data]
+train = "a.beton"
+test = "b.beton"
+[views]
+view1 = { size = 32 }
+view2 = { size = 32 }
+transformed = { size = 16 }
+"""
+
+
+def _write(folder: Path, text: str) -> Path:
+    path = folder / "my.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_configs_are_valid_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    assert load_config(_write(tmp_path, config_to_toml(config))) == config
+    assert (config.method.equivariance_weight > 0) == path.stem.startswith("e_")
+    assert len(config.crop_recipes()) == (3 if path.stem.startswith("e_") else 2)
+
+
+def test_e_simclr_cifar10_is_the_papers() -> None:
+    config = load_config(CONFIGS / "e_simclr_cifar10.toml")
+    baseline = load_config(CONFIGS / "simclr_cifar10.toml")
+    assert [recipe.size for recipe in config.crop_recipes()] == [32, 32, 16]
+    for recipe in config.crop_recipes():
+        assert recipe.scale == (0.2, 1.0)
+        assert (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue) == (0.4, 0.4, 0.4, 0.1)
+        assert (recipe.jitter_p, recipe.grey_p, recipe.blur_p, recipe.solarize_p) == (0.8, 0.2, 0.0, 0.0)
+    assert (config.train.batch_size, config.train.epochs, config.optimizer.warmup_epochs) == (512, 800, 10)
+    assert (config.optimizer.momentum, config.optimizer.weight_decay) == (0.9, 5e-4)
+    assert (config.method.temperature, config.method.equivariance_weight) == (0.5, 0.4)
+    assert config.optimizer.base_learning_rate == 0.06
+    assert baseline.optimizer.base_learning_rate == 0.03
+    assert baseline.views == config.views
+
+
+def test_quotes_and_backslashes_survive_a_round_trip(tmp_path: Path) -> None:
+    config = load_config(_write(tmp_path, MINIMAL), ["--data.train", 'C:\\a "b"\té.beton'])
+    assert load_config(_write(tmp_path, config_to_toml(config))) == config
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    path = _write(tmp_path, MINIMAL + "[train]\nepochs = 20\nmax_steps = 5\n")
+    words = "--train.max-steps 7 --method.equivariance-weight=0 --views.view1.scale 0.1 1"
+    words += " --model.zero-init-residual true --data.train /x/y.beton --train.seed 3"
+    config = load_config(path, words.split())
+    assert (config.train.epochs, config.train.max_steps, config.train.seed) == (20, 7, 3)
+    assert config.method.equivariance_weight == 0.0
+    assert isinstance(config.method.equivariance_weight, float)
+    assert config.views.view1.scale == (0.1, 1.0)
+    assert config.model.zero_init_residual is True
+    assert config.data.train == Path("/x/y.beton")
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (
+            "[train]\nmax_stepps = 3",
+            "unknown key train.max_stepps = 3; the nearest valid name is train.max_steps",
+        ),
+        ("[trian]\nepochs = 3", "unknown key [trian]; the nearest valid name is [train]"),
+        ("epochs = 3", "unknown key epochs = 3; the nearest valid name is train.epochs"),
+        ("[train]\nepochs = '3'", "train.epochs = '3': must be a whole number"),
+        ("[train]\nepochs = 3.0", "train.epochs = 3.0: must be a whole number"),
+        ("[train]\nepochs = true", "train.epochs = True: must be a whole number"),
+        ("[train]\nepochs = 0", "train.epochs = 0: must be 1 or more"),
+        ("[model]\nzero_init_residual = 1", "model.zero_init_residual = 1: must be true or false"),
+        (
+            "[model]\nstem = 'cifr'",
+            "model.stem = 'cifr': must be one of 'cifar', 'imagenet'; the nearest is 'cifar'",
+        ),
+        ("[model]\nstem = ['cifar']", "model.stem = ['cifar']: must be one of"),
+        ("[method]\ntemperature = nan", "method.temperature = nan: must be a number"),
+        ("[method]\nequivariance_weight = -0.1", "method.equivariance_weight = -0.1: must be 0 or more"),
+        ("[method]\nequivariance_weight = inf", "method.equivariance_weight = inf: must be 0 or more"),
+        (
+            "[optimizer]\nwarmup_epochs = 900",
+            "optimizer.warmup_epochs = 900: must be at most train.epochs = 800",
+        ),
+        ("train = 3", "train = 3: must be a section, [train]"),
+        ("[train\n", "not a TOML file"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(tmp_path: Path, text: str, wanted: str) -> None:
+    path = _write(tmp_path, (text + "\n" + MINIMAL) if not text.startswith("[") else MINIMAL + text)
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert str(error.value).startswith(f"{path}: {wanted}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "wanted"),
+    [
+        ("size = 16", "size = 0", "views.transformed.size = 0: must be from 1 to 4096 pixels"),
+        (
+            "size = 16",
+            "siez = 16",
+            "unknown key views.transformed.siez = 16; the nearest valid name is views.transformed.size",
+        ),
+        ("size = 16", "scale = [0.1]", "views.transformed.scale = [0.1]: must be 2 numbers"),
+        ("size = 16", "", "views.transformed.size is missing and has no default"),
+        ('train = "a.beton"', "", "data.train is missing and has no default"),
+        ('train = "a.beton"', "train = 3", "data.train = 3: must be a path in quotes"),
+    ],
+)
+def test_a_mistake_below_a_section_is_one_line(tmp_path: Path, old: str, new: str, wanted: str) -> None:
+    path = _write(tmp_path, MINIMAL.replace(old, new))
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert str(error.value) == f"{path}: {wanted}"
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (
+            "--train.max-stepps 3",
+            "unknown option --train.max-stepps 3; the nearest valid name is --train.max-steps",
+        ),
+        ("--train.max-steps x", "train.max_steps = 'x': must be a whole number"),
+        ("--train.max-steps -1", "train.max_steps = -1: must be 0 or more"),
+        ("--train.max-steps", "--train.max-steps: takes one value, 0 given"),
+        ("--train.max-steps 1 2", "--train.max-steps: takes one value, 2 given"),
+        ("--views.view1.scale 0.1", "views.view1.scale = [0.1]: must be 2 numbers"),
+        ("--views.view1.scale 0.1 1 2", "views.view1.scale = [0.1, 1.0, 2.0]: must be 2 numbers"),
+        ("--views.view1.scale 0.1 2", "views.view1.scale = (0.1, 2.0): must be 0 < low <= high <= 1"),
+        (
+            "--views.view1.crop centre",
+            "views.view1.crop = 'centre': must be one of 'random', 'center'; the nearest is 'center'",
+        ),
+        ("--model.zero-init-residual yes", "model.zero_init_residual = 'yes': must be true or false"),
+        ("--train 3", "unknown option --train 3"),
+        ("stray", "'stray' follows no option; write --section.field VALUE"),
+    ],
+)
+def test_a_mistake_in_an_override_is_one_line(tmp_path: Path, words: str, wanted: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(_write(tmp_path, MINIMAL), words.split())
+    assert str(error.value).startswith(f"command line: {wanted}")
+    assert "\n" not in str(error.value)
+
+
+def test_the_baseline_cuts_no_third_crop(tmp_path: Path) -> None:
+    config: Config = load_config(_write(tmp_path, MINIMAL), ["--method.equivariance-weight", "0"])
+    assert config.crop_recipes() == (config.views.view1, config.views.view2)
