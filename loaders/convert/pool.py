@@ -1,0 +1,95 @@
+"""Encoding in several processes, in the order of the source, holding a bounded number of images."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+from typing import Final, TypeVar
+
+from loaders.convert.source import Sample
+from loaders.errors import DataError
+
+Result = TypeVar("Result")
+_CHUNK_SAMPLES: Final = 64
+_CHUNK_BYTES: Final = 1 << 20
+_CHUNKS_AHEAD: Final = 2
+"""Chunks in flight for each worker: one at work and one waiting."""
+
+
+def map_samples(
+    work: Callable[[Sample], Result], samples: Iterable[Sample], *, num_workers: int
+) -> Generator[tuple[Sample, Result]]:
+    """`work(sample)` for each sample, in order, with the sample.
+
+    Args:
+        work: a function that worker processes can import.
+        samples: read as far ahead as the workers need, no further.
+        num_workers: 0 = all cores; 1 = in this process.
+
+    Errors: what `work` raises; DataError if a worker process dies. Neither leaves a process waiting.
+    """
+    num_workers = num_workers or len(os.sched_getaffinity(0))
+    if num_workers == 1:
+        for sample in samples:
+            yield sample, work(sample)
+        return
+    # A fork of this process could inherit a lock that another thread holds, and hang; the fork server has no
+    # threads.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["loaders.convert.encode"])
+    executor = ProcessPoolExecutor(num_workers, context, initializer=_ignore_interrupt)
+    waiting: deque[tuple[list[Sample], Future[list[Result]]]] = deque()
+    chunks = _chunks(samples)
+    try:
+        for chunk in chunks:
+            waiting.append((chunk, executor.submit(_work_chunk, work, chunk)))
+            if len(waiting) == num_workers * _CHUNKS_AHEAD:
+                yield from _finished(*waiting.popleft())
+        while waiting:
+            yield from _finished(*waiting.popleft())
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process died (killed, out of memory, or a decoder that crashed): try fewer --workers; "
+            "--workers 1 shows where it happens"
+        ) from error
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _finished(chunk: list[Sample], future: Future[list[Result]]) -> Iterator[tuple[Sample, Result]]:
+    return zip(chunk, future.result(), strict=True)
+
+
+def _work_chunk(work: Callable[[Sample], Result], chunk: list[Sample]) -> list[Result]:
+    return list(map(work, chunk))
+
+
+def _chunks(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+    """Samples in lists of at most 64 or about 1 MiB, so that small images share the cost of a message."""
+    chunk: list[Sample] = []
+    num_bytes = 0
+    for sample in samples:
+        chunk.append(sample)
+        num_bytes += _num_bytes(sample)
+        if len(chunk) == _CHUNK_SAMPLES or num_bytes >= _CHUNK_BYTES:
+            yield chunk
+            chunk, num_bytes = [], 0
+    if chunk:
+        yield chunk
+
+
+def _num_bytes(sample: Sample) -> int:
+    if isinstance(sample.image, Path):
+        return os.stat(sample.image).st_size if os.path.exists(sample.image) else 0
+    return len(sample.image) if isinstance(sample.image, bytes) else sample.image.nbytes
+
+
+# Ctrl-C goes to all processes of the terminal; the first process alone decides what it means.
+_ignore_interrupt = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,238 @@
+"""The conversion: source → encoded images → a .beton file and its manifest, both or neither."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import PIL
+from PIL import features
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from loaders.beton import IMAGE_JPEG, BetonWriter
+from loaders.convert import cifar
+from loaders.convert.encode import Encoded, EncodeOptions, Encoding, encode_sample
+from loaders.convert.folder import open_folder
+from loaders.convert.photo_digits import open_photo_digits
+from loaders.convert.pool import map_samples
+from loaders.convert.source import Source
+from loaders.errors import DataError
+from loaders.jpeg import decoder_name
+from loaders.manifest import BLOCK_BYTES, FORMAT_VERSION, Manifest, checksums, manifest_path
+
+NAMED_SOURCES: Final = ("cifar10", "photo-digits")
+
+
+def convert(
+    source: str,
+    dest: Path,
+    *,
+    split: str = "train",
+    max_side: int | None = None,
+    quality: int = 90,
+    encoding: Encoding = "auto",
+    workers: int = 0,
+    on_error: Literal["fail", "skip"] = "fail",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Manifest:
+    """Convert a source of labelled images into a .beton file with its manifest beside it.
+
+    The same source and options give the same bytes, whatever the number of workers.
+
+    Args:
+        source: an image folder; a parquet file, a folder of them, or a pattern with `*`; the CIFAR-10 python
+            archive or its folder; "cifar10" (downloaded) or "photo-digits" (made here).
+        dest: the file to make. Its folder must exist.
+        split: which part of a source that has several, as train, test.
+        max_side: bring larger images down to this many pixels on their longer side.
+        quality: of the JPEG encoding, 1 to 100.
+        encoding: "auto" keeps JPEG streams that fit and stores other images of at most 64 pixels a side raw;
+            "jpeg" and "raw" force one.
+        workers: processes that decode and encode; 0 = all cores.
+        on_error: "fail" ends at the first image that cannot be stored, "skip" leaves it out and lists it in
+            the manifest.
+        overwrite: replace `dest` if it exists.
+        progress: show a bar with images/s on stderr.
+
+    Returns the manifest. Errors: DataError, one line that names the thing and what to do; nothing is left
+    behind then.
+    """
+    options = EncodeOptions(max_side=max_side, quality=quality, encoding=encoding)
+    if workers < 0:
+        raise DataError(f"--workers {workers}: give 0 for all cores, or a number of processes")
+    if on_error not in ("fail", "skip"):
+        raise DataError(f"--on-error {on_error}: not one of fail, skip")
+    _check_destination(dest, overwrite)
+    opened = open_source(source, split, quality=quality, progress=progress)
+    with _temporary(dest) as (beton_part, manifest_part):
+        with closing(BetonWriter(beton_part, max_samples=opened.num_samples)) as writer:
+            counts, storage, skipped = _fill(writer, opened, options, workers, on_error, progress)
+            writer.finish()
+        block_sha256, tables_sha256 = checksums(beton_part)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            num_samples=writer.num_samples,
+            num_bytes=beton_part.stat().st_size,
+            class_names=opened.class_names,
+            class_counts=tuple(counts[label] for label in range(len(opened.class_names))),
+            source=opened.description,
+            options=_describe(options, split, on_error),
+            storage={key: storage[key] for key in ("copied", "jpeg", "raw")},
+            block_bytes=BLOCK_BYTES,
+            block_sha256=block_sha256,
+            tables_sha256=tables_sha256,
+            skipped=tuple(skipped),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        _publish(manifest, manifest_part, beton_part, dest)
+    return manifest
+
+
+def open_source(source: str, split: str, *, quality: int, progress: bool) -> Source:
+    """The source that `source` names, told by what it is. Errors: DataError if it is none."""
+    path = Path(source)
+    if source == "photo-digits":
+        return open_photo_digits(split, quality=quality)
+    if source == "cifar10":
+        folder = cifar.cache_folder()
+        if progress:
+            print(f"cifar10: from {cifar.URL}, kept in {folder}", file=sys.stderr)
+        return cifar.open_cifar10(cifar.download(cifar.URL, cifar.MD5, folder), split)
+    if any(character in source for character in "*?") and not path.exists():
+        files = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+        return _open_parquet(files, f"parquet files {source}")
+    if path.is_file():
+        if path.suffix == ".parquet":
+            return _open_parquet([path], f"parquet file {source}")
+        if ".tar" in path.suffixes or path.suffix == ".tgz":
+            return cifar.open_cifar10(path, split)
+        raise DataError(
+            f"{source}: neither .parquet nor a CIFAR-10 archive (.tar.gz); give one, or an image folder"
+        )
+    if path.is_dir():
+        return _open_directory(path, split)
+    raise DataError(
+        f"{source}: no such file or folder, nor one of {', '.join(NAMED_SOURCES)}; check the path"
+    )
+
+
+def _open_directory(path: Path, split: str) -> Source:
+    try:
+        if any((folder / "batches.meta").is_file() for folder in (path, path / cifar.FOLDER)):
+            return cifar.open_cifar10(path, split)
+        files = sorted(path.glob("*.parquet")) or sorted((path / "data").glob("*.parquet"))
+        if files:
+            return _open_parquet(files, f"parquet files {split}, {path}", split)
+        return open_folder(path, split)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or path}: cannot be read ({error.strerror}); check its permissions"
+        ) from error
+
+
+def _open_parquet(files: list[Path], description: str, split: str | None = None) -> Source:
+    try:
+        from loaders.convert.parquet import open_parquet, select_split
+    except ImportError as error:
+        raise DataError(f"{description}: needs pyarrow; install it with `pip install pyarrow`") from error
+    return open_parquet(files if split is None else select_split(files, split), description)
+
+
+def _fill(
+    writer: BetonWriter, source: Source, options: EncodeOptions, workers: int, on_error: str, progress: bool
+) -> tuple[Counter[int], Counter[str], list[dict[str, str]]]:
+    """Write all samples: images a class, images a way of storage, and what was skipped."""
+    counts: Counter[int] = Counter()
+    storage: Counter[str] = Counter()
+    skipped: list[dict[str, str]] = []
+    encoded = map_samples(partial(encode_sample, options=options), source.samples(), num_workers=workers)
+    bar = tqdm(total=source.num_samples, desc="convert", unit="images", smoothing=0.05, disable=not progress)
+    with closing(encoded), bar:
+        for sample, result in encoded:
+            if isinstance(result, Encoded):
+                writer.add(result.mode, result.width, result.height, sample.label, result.payload)
+                counts[sample.label] += 1
+                storage["copied" if result.copied else "jpeg" if result.mode == IMAGE_JPEG else "raw"] += 1
+            elif on_error == "fail":
+                raise DataError(
+                    f"{sample.name}: {result.reason}; repair or remove it, or use --on-error skip"
+                )
+            else:
+                skipped.append({"name": sample.name, "reason": result.reason})
+            bar.update()
+    if writer.num_samples == 0:
+        raise DataError(f"{source.description}: no image could be stored; the first: {_first(skipped)}")
+    return counts, storage, skipped
+
+
+def _first(skipped: list[dict[str, str]]) -> str:
+    return f"{skipped[0]['name']} {skipped[0]['reason']}" if skipped else "there is none"
+
+
+def _describe(options: EncodeOptions, split: str, on_error: str) -> dict[str, Any]:
+    return {
+        "split": split,
+        "max_side": options.max_side,
+        "quality": options.quality,
+        "encoding": options.encoding,
+        "on_error": on_error,
+        "jpeg_checked_by": decoder_name(),
+        "pillow": PIL.__version__,
+        "libjpeg_turbo": features.version("libjpeg_turbo"),
+    }
+
+
+def _check_destination(dest: Path, overwrite: bool) -> None:
+    if dest.is_dir():
+        raise DataError(f"{dest}: is a folder; give the name of the file to make, as {dest / 'train.beton'}")
+    if dest.exists() and not overwrite:
+        raise DataError(f"{dest}: exists; remove it, choose another name, or replace it with --overwrite")
+    if not dest.parent.is_dir():
+        raise DataError(f"{dest.parent}: is not a folder that exists; make it first")
+
+
+@contextmanager
+def _temporary(dest: Path) -> Iterator[tuple[Path, Path]]:
+    """Two names beside `dest`, hidden and of this process, removed at the end whatever happens."""
+    parts = tuple(dest.with_name(f".{path.name}.{os.getpid()}.part") for path in (dest, manifest_path(dest)))
+    try:
+        yield parts[0], parts[1]
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+def _publish(manifest: Manifest, manifest_part: Path, beton_part: Path, dest: Path) -> None:
+    """Give both files their names: the manifest first, so that the .beton never stands without its own.
+
+    A crash between the two leaves at worst a manifest that does not match, and every loader refuses such a
+    pair.
+    """
+    try:
+        with manifest_part.open("w", encoding="utf-8") as file:
+            file.write(manifest.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        manifest_part.replace(manifest_path(dest))
+        try:
+            beton_part.replace(dest)
+        except OSError:
+            manifest_path(dest).unlink()
+            raise
+        folder = os.open(dest.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the names, too
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise DataError(
+            f"{dest.parent}: cannot be written to ({error.strerror}); free some space or choose another place"
+        ) from error
