@@ -6,10 +6,10 @@ section 5.2.3): `|patch - digit|` in each colour channel. The digits are scikit-
 real ones of 8x8 pixels, UCI "Optical Recognition of Handwritten Digits"), scaled up to 28 to 32 pixels; the
 patches are 32x32 cut-outs of its two real photographs (`load_sample_images`, 427x640). Labels 0 to 9.
 
-Train and test share nothing: four fifths of the digits and the left three quarters of each photograph make
-train, the rest test. Digits are used in turn, so that each appears equally often, to within one. All chance
-comes from Philox with the seed as key and (split, image) in the counter: image i is the same whatever the
-number of images.
+Train and test share nothing: four fifths of each class's digits and the left three quarters of each photograph
+make train, the rest test. Image i is of class i mod 10 and takes that class's digits in turn, so that classes are
+balanced. All chance comes from Philox with the seed as key and (split, image) in the counter: image i is the same
+whatever the number of images.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from loaders.convert.source import Sample, Source
 from loaders.errors import DataError
 
 SIDE: Final = 32
+NUM_CLASSES: Final = 10
 NUM_SAMPLES: Final = {"train": 4000, "test": 1000}
 _MIN_DIGIT_SIDE: Final = 28
 _TRAIN_SHARE_OF_DIGITS: Final = 0.8
@@ -52,31 +53,34 @@ def open_photo_digits(
             f"photo-digits: has no split {split!r}; give one of {', '.join(NUM_SAMPLES)} with --split"
         )
     num = NUM_SAMPLES[split] if num_samples is None else num_samples
-    digits, labels = split_digits(split, seed)
+    digits = split_digits(split, seed)
     photos = split_photos(split)
 
     def samples() -> Iterator[Sample]:
         for index in range(num):
             chance = _generator(seed, _STREAMS[split], index)
-            digit = index % len(digits)
-            jpeg = to_jpeg(_blend(digits[digit], photos, chance), quality)
-            yield Sample(f"photo-digits {split}: image {index}", int(labels[digit]), jpeg)
+            label = index % len(digits)
+            digit = digits[label][index // len(digits) % len(digits[label])]
+            jpeg = to_jpeg(_blend(digit, photos, chance), quality)
+            yield Sample(f"photo-digits {split}: image {index}", label, jpeg)
 
     return Source(
         description=f"photo-digits {split}, seed {seed}",
-        class_names=tuple(map(str, range(10))),
+        class_names=tuple(map(str, range(NUM_CLASSES))),
         num_samples=num,
         samples=samples,
     )
 
 
-def split_digits(split: str, seed: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """The digits of a split, (N, 8, 8) from 0 to 16, and their labels (N,)."""
+def split_digits(split: str, seed: int) -> list[npt.NDArray[np.float64]]:
+    """The digits of a split: for each class, (N, 8, 8) from 0 to 16."""
     digits = _sklearn_datasets().load_digits()
-    order = _generator(seed, _STREAMS["order"], 0).permutation(len(digits.target))
-    border = round(len(order) * _TRAIN_SHARE_OF_DIGITS)
-    chosen = order[:border] if split == "train" else order[border:]
-    return digits.images[chosen], digits.target[chosen]
+    chosen = []
+    for label in range(NUM_CLASSES):
+        ours = _generator(seed, _STREAMS["order"], label).permutation(np.flatnonzero(digits.target == label))
+        border = round(len(ours) * _TRAIN_SHARE_OF_DIGITS)
+        chosen.append(digits.images[ours[:border] if split == "train" else ours[border:]])
+    return chosen
 
 
 def split_photos(split: str) -> list[npt.NDArray[np.uint8]]:
