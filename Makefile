@@ -1,0 +1,38 @@
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Options: PYTHON chooses the interpreter of `setup`, ARGS go to `run`, TESTARGS to `test`.
+ARGS ?=
+TESTARGS ?=
+export PYTHON
+
+.PHONY: help setup run test lint bench
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make setup   install all that is needed into $(VENV); does nothing when it is up to date'
+	@echo 'make run     see E-SSL work in a few minutes: convert, pretrain, evaluate, report (ARGS=...)'
+	@echo 'make test    the tests (TESTARGS=...)'
+	@echo 'make lint    ruff and mypy'
+	@echo 'make bench   how fast the loaders and view stages are on this machine'
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt tools/setup.sh tools/ffcv/opencv4.pc tools/ffcv/opencv2/opencv.hpp
+	@tools/setup.sh
+
+run: $(READY)
+	@$(BIN)/fast-essl demo $(ARGS)
+
+test: $(READY)
+	@$(BIN)/python -m pytest $(TESTARGS)
+
+lint: $(READY)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+bench: $(READY)
+	@$(BIN)/python benchmarks/loaders.py
+	@$(BIN)/python benchmarks/views.py
