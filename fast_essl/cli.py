@@ -1,0 +1,235 @@
+"""The `fast-essl` command: each subcommand a thin call into one module, imported only when it is asked for.
+
+Exit codes: 0 done; 1 a run failed (loss not finite); 2 bad usage, configuration, data or path, told in one line;
+130 and 143 stopped by Ctrl-C or SIGTERM (`pretrain` saves a checkpoint first; the same command continues).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from fast_essl import __version__
+from fast_essl.config import Config, ConfigError
+from loaders.errors import DataError
+
+PRETRAIN_USAGE = "fast-essl pretrain CONFIG [--run-dir DIR] [--section.field VALUE ...]"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the usage and a line."""
+        self.exit(2, f"fast-essl: error: {message}; see `{self.prog} --help`\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; returns its exit code."""
+    parser = _build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command not in ("pretrain", "evaluate"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.overrides = rest
+    try:
+        return int(arguments.run(arguments))
+    except (ConfigError, DataError) as error:
+        return _fail(str(error))
+    except BrokenPipeError:  # the reader, as `head`, has all it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        named = error.filename is not None and error.strerror
+        return _fail(f"{error.filename}: {error.strerror}" if named else str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted", 128 + signal.SIGINT)
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(f"fast-essl: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="fast-essl",
+        description="Equivariant Self-Supervised Learning (Dangovski et al., ICLR 2022), pretrained fast.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"fast-essl {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    convert = commands.add_parser(
+        "convert",
+        help="images of any source to one .beton file and its manifest",
+        usage="fast-essl convert SOURCE DEST.beton [options]\n       fast-essl convert --verify DEST.beton",
+        allow_abbrev=False,
+    )
+    convert.set_defaults(run=_convert)
+    convert.add_argument(
+        "source",
+        nargs="?",
+        help="an image folder (one folder a class), parquet file(s) or a folder of them, the CIFAR-10 archive or "
+        "its folder, `cifar10` (downloads it), or `photo-digits` (built in)",
+    )
+    convert.add_argument("dest", nargs="?", type=Path, metavar="DEST.beton", help="the file to write")
+    convert.add_argument("--verify", type=Path, metavar="DEST.beton", help="re-read all of a converted file")
+    convert.add_argument(
+        "--split", choices=("train", "test"), default="train", help="which part (default: train)"
+    )
+    convert.add_argument(
+        "--max-side", type=int, metavar="N", help="shrink longer images to N pixels (default: never)"
+    )
+    convert.add_argument(
+        "--quality", type=int, default=90, metavar="Q", help="of encoded JPEGs (default: 90)"
+    )
+    convert.add_argument(
+        "--encoding",
+        choices=("auto", "jpeg", "raw"),
+        default="auto",
+        help="auto: small lossless images as raw pixels, others as JPEG; a fitting JPEG byte for byte (default)",
+    )
+    convert.add_argument("--workers", type=int, default=0, metavar="N", help="0 means all cores (default)")
+    convert.add_argument(
+        "--on-error", choices=("fail", "skip"), default="fail", help="at an unreadable image (default: fail)"
+    )
+    convert.add_argument("--overwrite", action="store_true", help="replace an existing DEST.beton")
+
+    pretrain = commands.add_parser(
+        "pretrain", help="train a configuration, or continue its run", add_help=False, allow_abbrev=False
+    )
+    pretrain.set_defaults(run=_pretrain)
+    pretrain.add_argument("config", nargs="?", type=Path, metavar="CONFIG")
+    pretrain.add_argument("--run-dir", type=Path, metavar="DIR")
+    pretrain.add_argument("-h", "--help", action="store_true")
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="kNN and linear probe of a run's backbone",
+        description="Evaluate the checkpoint in a run's folder and write evaluation.json there.",
+        epilog="Any field of the run's config.toml can be overridden: --data.test FILE, --train.device cpu, ...",
+        allow_abbrev=False,
+    )
+    evaluate.set_defaults(run=_evaluate)
+    evaluate.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder")
+
+    report = commands.add_parser("report", help="one HTML page of a run", allow_abbrev=False)
+    report.set_defaults(run=_report)
+    report.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder")
+
+    doctor = commands.add_parser(
+        "doctor", help="what is installed and what would be used", allow_abbrev=False
+    )
+    doctor.set_defaults(run=_doctor)
+    doctor.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE.beton", help="tell whether it fits in memory"
+    )
+    return parser
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from loaders.convert import convert
+    from loaders.manifest import verify
+
+    if arguments.verify is not None:
+        if arguments.source is not None:
+            raise ConfigError("command line: --verify takes one file and no SOURCE")
+        manifest = verify(arguments.verify)
+        print(f"{arguments.verify}: {manifest.num_samples} images, all as written")
+        return 0
+    if arguments.dest is None:
+        raise ConfigError("command line: convert takes SOURCE and DEST.beton; see `fast-essl convert --help`")
+    manifest = convert(
+        arguments.source,
+        arguments.dest,
+        split=arguments.split,
+        max_side=arguments.max_side,
+        quality=arguments.quality,
+        encoding=arguments.encoding,
+        workers=arguments.workers,
+        on_error=arguments.on_error,
+        overwrite=arguments.overwrite,
+    )
+    skipped = f", {len(manifest.skipped)} skipped" if manifest.skipped else ""
+    num_mib = manifest.num_bytes / 2**20
+    print(
+        f"{arguments.dest}: {manifest.num_samples} images of {len(manifest.class_names)} classes, "
+        f"{num_mib:.1f} MiB{skipped}"
+    )
+    return 0
+
+
+def _pretrain(arguments: argparse.Namespace) -> int:
+    from fast_essl.config_io import load_config
+
+    if arguments.help:
+        return _pretrain_help(arguments.config)
+    if arguments.config is None:
+        raise ConfigError(f"command line: pretrain takes a configuration file first: {PRETRAIN_USAGE}")
+    config = load_config(arguments.config, arguments.overrides)
+    run_dir = arguments.run_dir or Path("runs") / f"{arguments.config.stem}-seed{config.train.seed}"
+
+    from fast_essl.pretrain import pretrain
+    from fast_essl.run import NonFiniteLossError
+
+    try:
+        summary = pretrain(config, run_dir)
+    except NonFiniteLossError as error:
+        return _fail(str(error), 1)
+    if summary.status == "already finished":
+        print(f"{run_dir}: already finished at step {summary.step}; nothing to do")
+        return 0
+    rate = f"{summary.elapsed_s:.0f} s in all, {summary.samples_per_s:.0f} samples/s"
+    if summary.signal_number is None:
+        print(f"{run_dir}: finished at step {summary.step}, {rate}")
+        return 0
+    print(f"{run_dir}: stopped at step {summary.step} of {summary.num_steps}; the same command continues")
+    return 128 + summary.signal_number
+
+
+def _pretrain_help(config_path: Path | None) -> int:
+    """All fields with their docstrings and, where a configuration is given, its values."""
+    import tyro
+
+    from fast_essl.config_io import load_config
+
+    description = (
+        "Train the configuration CONFIG (a TOML file) in DIR, by default runs/<CONFIG's name>-seed<seed>, or "
+        "continue the run that is there. Ctrl-C and SIGTERM save a checkpoint. Every field can be overridden:"
+    )
+    tyro.cli(
+        Config,
+        prog=PRETRAIN_USAGE.partition(" [--section")[0],
+        description=description,
+        default=load_config(config_path) if config_path is not None else tyro.MISSING_NONPROP,
+        args=["--help"],
+        config=(tyro.conf.FlagConversionOff,),
+    )
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from fast_essl.evaluate_run import evaluate_run
+
+    result = evaluate_run(arguments.run_dir, overrides=arguments.overrides)
+    width = max(len(name) for name in result["accuracy"])
+    for name, accuracy in result["accuracy"].items():
+        print(f"{name:<{width}}  {accuracy:6.2%}")
+    print(json.dumps(result))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from fast_essl.report import write_report
+
+    print(write_report(arguments.run_dir))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from fast_essl.doctor import doctor
+
+    return doctor(arguments.files)

@@ -1,0 +1,190 @@
+"""The training loop: views, forward, loss, backward, step, log.
+
+A run is a folder that holds its configuration, its metrics and one checkpoint; calling `pretrain` again on the folder
+continues from there. Randomness comes from `(seed, epoch, sample index)` alone, so on the CPU the continued run ends
+in the same weights, bit for bit, as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from fast_essl import run_folder
+from fast_essl.config import Config
+from fast_essl.config_io import config_to_toml
+from fast_essl.evaluate_run import EvaluationSplits, open_split, resolve_device, to_device
+from fast_essl.methods import ESimCLR
+from fast_essl.optim import build_sgd
+from fast_essl.resnet import build_backbone
+from fast_essl.run import Run, StopSignals, Summary
+from fast_essl.schedule import warmup_cosine
+from loaders.batch import Crops
+from loaders.views import resolve_view_stage
+
+
+def build_method(config: Config) -> ESimCLR:
+    """The backbone with projector and prediction head, initialised from the configuration's seed, on the CPU."""
+    torch.manual_seed(config.train.seed)
+    model = config.model
+    backbone = build_backbone(
+        model.backbone, width=model.width, stem=model.stem, zero_init_residual=model.zero_init_residual
+    )
+    return ESimCLR(
+        backbone,
+        projector_hidden=model.projector_hidden,
+        projector_out=model.projector_out,
+        projector_layers=model.projector_layers,
+        temperature=config.method.temperature,
+        equivariance_weight=config.method.equivariance_weight,
+        head_hidden=model.head_hidden,
+        head_form=model.head_form,
+    )
+
+
+def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Summary:
+    """Train, or go on training, the run in `run_dir` until it is finished or a signal stops it.
+
+    Leaves in the folder: config.toml, environment.json, metrics.jsonl, last.pt and, when finished, backbone.pt.
+    SIGINT and SIGTERM end the step at hand, save a checkpoint and return; a second one acts as without fast_essl.
+
+    Errors: `ConfigError` and `DataError` before any step for what does not fit together (a checkpoint of another
+    configuration or dataset among it), `NonFiniteLossError`, `DataError` for a sample that does not decode.
+    """
+    device, dtype = resolve_device(config)
+    train, recipes = config.train, config.crop_recipes()
+    torch.set_num_threads(train.num_threads or len(os.sched_getaffinity(0)))
+    with run_folder.held(run_dir), contextlib.ExitStack() as stack:
+        loader = stack.enter_context(contextlib.closing(open_split(config, "train", recipes, shuffle=True)))
+        splits = stack.enter_context(contextlib.closing(EvaluationSplits(config, device)))
+        steps_per_epoch = len(loader)
+        schedule_steps = train.epochs * steps_per_epoch
+        last_step = min(schedule_steps, train.max_steps or schedule_steps)
+        peak_learning_rate = config.optimizer.base_learning_rate * train.batch_size / 256
+        make_views = resolve_view_stage(config.data.view_stage, device)
+        method = build_method(config).to(device=device, memory_format=torch.channels_last)
+        optimizer = build_sgd(
+            method,
+            learning_rate=peak_learning_rate,
+            momentum=config.optimizer.momentum,
+            weight_decay=config.optimizer.weight_decay,
+        )
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+        run = Run(
+            config,
+            run_dir,
+            method=method,
+            backbone=method.backbone,
+            optimizer=optimizer,
+            scaler=scaler,
+            dataset_digest=loader.manifest.digest,
+        )
+        stack.callback(run.close)
+        if run.step >= last_step:
+            return _summary(run, "already finished", last_step)
+        (run_dir / run_folder.CONFIG).write_text(config_to_toml(config), encoding="utf-8")
+        environment = run_folder.describe_environment(shlex.join(sys.argv))
+        (run_dir / run_folder.ENVIRONMENT).write_text(json.dumps(environment, indent=2) + "\n")
+
+        def evaluate_if_due() -> None:
+            num_epochs, rest = divmod(run.step, steps_per_epoch)
+            due = bool(train.knn_every and num_epochs and not rest and num_epochs % train.knn_every == 0)
+            if due and run.evaluated_step != run.step:
+                run.evaluate(num_epochs - 1, lambda: {"knn_top1": splits.knn_top1(method.backbone)})
+
+        bar = stack.enter_context(
+            tqdm(
+                total=last_step,
+                initial=run.step,
+                unit="step",
+                disable=not show_progress,
+                mininterval=0.5 if sys.stderr.isatty() else 20,
+            )
+        )
+        signals = stack.enter_context(StopSignals())
+        batches = stack.enter_context(contextlib.closing(_steps(loader, run.step, last_step)))
+        method.train()
+        evaluate_if_due()  # where a signal came between an epoch's last step and its evaluation
+        for crops in run.meter.waiting_for(batches):
+            learning_rate = warmup_cosine(
+                run.step,
+                peak=peak_learning_rate,
+                num_steps=schedule_steps,
+                warmup_steps=config.optimizer.warmup_epochs * steps_per_epoch,
+                final=config.optimizer.final_learning_rate * peak_learning_rate,
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            views = make_views(to_device(crops, device), recipes, rotate_last=len(recipes) == 3, dtype=dtype)
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
+                output = method(views)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(output.loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            run.end_step(output.loss, len(crops.labels))
+            bar.update()
+
+            finished = run.step == last_step
+            stopped = signals.number is not None and not finished
+            if run.step % train.log_every == 0 or finished:
+                line = run.log(
+                    epoch=(run.step - 1) // steps_per_epoch,
+                    learning_rate=learning_rate,
+                    loss=output.loss,
+                    ssl_loss=output.ssl_loss,
+                    equivariance_loss=output.equivariance_loss,
+                    equivariance_accuracy=output.equivariance_accuracy,
+                )
+                bar.set_postfix(_shown(line), refresh=False)
+            if not stopped:
+                evaluate_if_due()
+            if run.step % train.checkpoint_every == 0 or finished or stopped:
+                run.save(finished=finished)
+            if stopped:
+                return _summary(run, "stopped", last_step, signals.number)
+        return _summary(run, "finished", last_step)
+
+
+def _summary(
+    run: Run,
+    status: Literal["finished", "stopped", "already finished"],
+    num_steps: int,
+    signal_number: int | None = None,
+) -> Summary:
+    return Summary(
+        status=status,
+        step=run.step,
+        num_steps=num_steps,
+        elapsed_s=run.elapsed_s(),
+        samples_per_s=run.samples_per_s(),
+        signal_number=signal_number,
+    )
+
+
+def _steps(loader: Any, step: int, last_step: int) -> Generator[Crops]:
+    """The batches of steps `step`, …, `last_step - 1`, from as many epochs as it takes."""
+    while step < last_step:
+        epoch, start_step = divmod(step, len(loader))
+        with contextlib.closing(loader.epoch(epoch, start_step=start_step)) as batches:
+            for crops in batches:
+                yield crops
+                step += 1
+                if step == last_step:
+                    return
+
+
+def _shown(line: dict[str, Any]) -> dict[str, str]:
+    shown = {"loss": f"{line['loss']:.3f}", "samples/s": f"{line['samples_per_s']:.0f}"}
+    if line["equivariance_accuracy"] is not None:
+        shown["equivariance"] = f"{line['equivariance_accuracy']:.1%}"
+    return {**shown, "data wait": f"{line['data_wait_share']:.0%}"}

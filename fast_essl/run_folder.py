@@ -1,0 +1,106 @@
+"""What stands in a run's folder: its names, the metrics file, the environment, and the lock that one process holds."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fast_essl.config import ConfigError
+
+CONFIG = "config.toml"
+METRICS = "metrics.jsonl"
+ENVIRONMENT = "environment.json"
+CHECKPOINT = "last.pt"
+BACKBONE = "backbone.pt"
+EVALUATION = "evaluation.json"
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, cut back to a checkpoint's length when a run resumes."""
+
+    def __init__(self, path: Path, *, num_bytes: int = 0) -> None:
+        """Open for appending after the first `num_bytes`; what a killed run wrote after its checkpoint is dropped."""
+        self._file = open(path, "ab")  # noqa: SIM115 - closed by close()
+        self._file.truncate(min(num_bytes, self._file.tell()))
+
+    def write(self, **values: Any) -> None:
+        """Append one line and hand it to the system. Errors: `ValueError` for a number that is not finite."""
+        self._file.write(json.dumps(values, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def num_bytes(self) -> int:
+        """Length so far, for the checkpoint."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+@contextlib.contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Create the folder and hold it for this process alone. Errors: `ConfigError` while another one trains there."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{run_dir}: another process trains here; choose another --run-dir") from None
+        yield
+
+
+def describe_environment(command: str) -> dict[str, Any]:
+    """Date, machine, versions and commit: what a record needs beside the configuration."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "machine": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "num_cores": len(os.sched_getaffinity(0)),
+        "gpus": gpus,
+        "versions": {"python": platform.python_version(), **_versions("torch", "numba", "numpy", "ffcv")},
+        "commit": _commit(),
+    }
+
+
+def _versions(*packages: str) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this module lies in, with `-dirty` for changed files; None outside of one."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # an installed package may lie below someone else's checkout
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
