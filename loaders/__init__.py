@@ -1,1 +1,39 @@
 """Bytes on disk → Views: conversion, decode-once loaders, the view stage. Imports nothing of fast_essl."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numba
+
+from loaders.errors import DataError
+
+if TYPE_CHECKING:
+    from loaders.ffcv_loader import FFCVLoader
+    from loaders.recipe import Recipe
+    from loaders.torch_loader import TorchLoader
+
+# The loader's thread and the trainer's both run parallel numba code; the default layer `workqueue` aborts on that.
+numba.config.THREADING_LAYER = "omp"
+
+LOADERS = ("ffcv", "torch")
+"""Names for `open_loader`, the default first."""
+
+
+def open_loader(name: str, path: Path | str, recipes: tuple[Recipe, ...], **options: Any) -> FFCVLoader | TorchLoader:
+    """Open a loader by name; `options` are those of `FFCVLoader` and `TorchLoader`, which agree.
+
+    Errors: `DataError` when the name is unknown, when FFCV is asked for and not installed, or as the loader has it.
+    """
+    if name == "torch":
+        from loaders.torch_loader import TorchLoader
+
+        return TorchLoader(path, recipes, **options)
+    if name != "ffcv":
+        raise DataError(f"loader {name!r} is unknown; choose one of {', '.join(LOADERS)}")
+    try:
+        from loaders.ffcv_loader import FFCVLoader
+    except ImportError as error:
+        raise DataError(f"loader 'ffcv' cannot be imported ({error}); run 'fast-essl doctor' for how to install") from error
+    return FFCVLoader(path, recipes, **options)

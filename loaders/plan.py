@@ -1,0 +1,89 @@
+"""EpochPlan: which samples each step holds and what is drawn for them, the same for every loader."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from loaders.batch import Crops
+from loaders.order import epoch_order, rank_batches
+from loaders.parameters import ViewParameters, draw_parameters
+from loaders.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochPlan:
+    """The part of loading that touches no pixel.
+
+    Errors: `ValueError` when the batch does not divide among the ranks, or no step would be left.
+    """
+
+    recipes: tuple[Recipe, ...]
+    """One a crop."""
+    heights: np.ndarray
+    """(num_samples,) pixels."""
+    widths: np.ndarray
+    """(num_samples,) pixels."""
+    labels: np.ndarray
+    """(num_samples,) int64 class numbers."""
+    batch_size: int
+    """Samples a step over all ranks."""
+    seed: int = 0
+    """Of the order and of all draws, 64 bits."""
+    shuffle: bool = True
+    """A new permutation each epoch, or 0, 1, 2, …"""
+    drop_last: bool = True
+    """Leave out the last, smaller batch of an epoch."""
+    rank: int = 0
+    num_ranks: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.recipes:
+            raise ValueError("recipes: at least one is needed")
+        if self.batch_size < 1 or self.batch_size % self.num_ranks:
+            raise ValueError(f"batch_size = {self.batch_size}: must be a multiple of the {self.num_ranks} ranks")
+        if self.num_steps == 0:
+            raise ValueError(f"batch_size = {self.batch_size}: the data set has only {self.num_samples} samples")
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps an epoch."""
+        whole, rest = divmod(self.num_samples, self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def batches(self, epoch: int, start_step: int = 0) -> list[np.ndarray]:
+        """This rank's sample indices, one array a step, from `start_step` on."""
+        order = epoch_order(self.num_samples, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+        return rank_batches(
+            order,
+            batch_size=self.batch_size,
+            rank=self.rank,
+            num_ranks=self.num_ranks,
+            drop_last=self.drop_last,
+        )[start_step:]
+
+    def parameters(self, epoch: int, indices: np.ndarray) -> ViewParameters:
+        """The random choices for these samples, (N, V) for V recipes."""
+        return draw_parameters(
+            self.recipes,
+            seed=self.seed,
+            epoch=epoch,
+            indices=indices,
+            heights=self.heights[indices],
+            widths=self.widths[indices],
+        )
+
+    def crops(self, epoch: int, indices: np.ndarray, images: tuple[torch.Tensor, ...]) -> Crops:
+        """Put the pixels that a loader cut together with their labels and parameters."""
+        return Crops(
+            images=images,
+            labels=torch.from_numpy(self.labels[indices]),
+            indices=torch.from_numpy(indices),
+            parameters=self.parameters(epoch, indices),
+        )

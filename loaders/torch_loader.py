@@ -1,0 +1,139 @@
+"""The reference loader: the same `Crops` through a PyTorch DataLoader and Pillow.
+
+Slow and obvious; the other loaders are tested against it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from loaders.batch import Crops
+from loaders.errors import DataError
+from loaders.images import BetonImages, FolderImages, open_beton, open_folder
+from loaders.manifest import Manifest
+from loaders.plan import EpochPlan
+from loaders.recipe import Recipe
+
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+class TorchLoader:
+    """Decode and cut in DataLoader worker processes, from a `.beton` file or an image folder."""
+
+    def __init__(
+        self,
+        path: Path | str,
+        recipes: tuple[Recipe, ...],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        num_workers: int = 0,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
+        """Open the data.
+
+        Args: `path` a `.beton` file or an image folder; `batch_size` samples a step over all ranks; `num_workers`
+        processes, 0 for one a core.
+        Errors: `DataError` for data that cannot be opened, `ValueError` for a batch that cannot be formed.
+        """
+        path = Path(path)
+        self.images: BetonImages | FolderImages = open_folder(path) if path.is_dir() else open_beton(path)
+        self.num_workers = num_workers or os.cpu_count() or 1
+        self.plan = EpochPlan(
+            recipes=tuple(recipes),
+            heights=self.images.heights,
+            widths=self.images.widths,
+            labels=self.images.labels,
+            batch_size=batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            rank=rank,
+            num_ranks=num_ranks,
+        )
+
+    @property
+    def manifest(self) -> Manifest:
+        """Errors: `DataError` for an image folder, which has none."""
+        if isinstance(self.images, FolderImages):
+            raise DataError(f"{self.images.path}: an image folder has no manifest; convert it to a .beton file")
+        return self.images.manifest
+
+    @property
+    def num_samples(self) -> int:
+        return self.plan.num_samples
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.images.class_names
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return self.plan.num_steps
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Crops, None, None]:
+        """The epoch's batches from `start_step` on; the worker processes end with the generator.
+
+        Errors: `DataError` naming the sample that does not decode.
+        """
+        batches = self.plan.batches(epoch, start_step)
+        dataset = _Batches(self.images, self.plan, epoch, batches)
+        # A data set item is a whole batch, so that collation stays with us; no `fork` handler of numba's is needed.
+        steps = DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=self.num_workers,
+            prefetch_factor=2,
+            multiprocessing_context="fork",
+        )
+        for indices, images in zip(batches, steps, strict=True):
+            if isinstance(images, DataError):
+                raise images
+            yield self.plan.crops(epoch, indices, tuple(images))
+
+    def close(self) -> None:
+        """Nothing outlives an epoch."""
+
+
+class _Batches(Dataset[list[torch.Tensor] | DataError]):
+    def __init__(
+        self, images: BetonImages | FolderImages, plan: EpochPlan, epoch: int, batches: list[np.ndarray]
+    ) -> None:
+        self.images, self.plan, self.epoch, self.batches = images, plan, epoch, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, step: int) -> list[torch.Tensor] | DataError:
+        indices = self.batches[step]
+        boxes = self.plan.parameters(self.epoch, indices).box
+        crops = [np.empty((len(indices), r.size, r.size, 3), np.uint8) for r in self.plan.recipes]
+        for n, index in enumerate(indices):
+            try:
+                image = self.images.image(int(index))
+            except DataError as error:
+                # Sent as a value: the DataLoader would wrap an exception in the worker's whole traceback.
+                return error
+            for view, recipe in enumerate(self.plan.recipes):
+                crops[view][n] = pillow_crop(image, boxes[n, view], recipe)
+        return [torch.from_numpy(crop) for crop in crops]
+
+
+def pillow_crop(image: Image.Image, box: np.ndarray, recipe: Recipe) -> np.ndarray:
+    """Cut (top, left, height, width) out of an RGB image and resize it: (size, size, 3) uint8."""
+    top, left, height, width = (int(edge) for edge in box)
+    crop = image.crop((left, top, left + width, top + height))
+    return np.asarray(crop.resize((recipe.size, recipe.size), _FILTERS[recipe.interpolation]))
