@@ -1,15 +1,14 @@
-"""photo-digits: handwritten digits blended over patches of two photographs, made here and needing no
-download.
+"""photo-digits: handwritten digits blended over patches of two photographs; needs no download.
 
 The construction of MNIST-M (Ganin et al., "Domain-Adversarial Training of Neural Networks", JMLR 2016,
 section 5.2.3): `|patch - digit|` in each colour channel. The digits are scikit-learn's `load_digits` (1,797
 real ones of 8x8 pixels, UCI "Optical Recognition of Handwritten Digits"), scaled up to 28 to 32 pixels; the
 patches are 32x32 cut-outs of its two real photographs (`load_sample_images`, 427x640). Labels 0 to 9.
 
-Train and test share nothing: four fifths of each class's digits and the left three quarters of each photograph
-make train, the rest test. Image i is of class i mod 10 and takes that class's digits in turn, so that classes are
-balanced. All chance comes from Philox with the seed as key and (split, image) in the counter: image i is the same
-whatever the number of images.
+Train and test share nothing: four fifths of each class's digits and the left three quarters of each
+photograph make train, the rest test. Image i is of class i mod 10 and takes that class's digits in turn, so
+that classes are balanced. All chance comes from Philox with the seed as key and (split, image) in the
+counter: image i is the same whatever the number of images.
 """
 
 from __future__ import annotations
@@ -118,7 +117,7 @@ def _generator(seed: int, stream: int, index: int) -> np.random.Generator:
 
 def _sklearn_datasets() -> Any:
     try:
-        from sklearn import datasets  # type: ignore[import-untyped]
+        from sklearn import datasets
     except ImportError as error:
         raise DataError(
             "photo-digits: needs scikit-learn; install it with `pip install scikit-learn`"

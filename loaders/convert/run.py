@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 
 import PIL
 from PIL import features
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from loaders.beton import IMAGE_JPEG, BetonWriter
 from loaders.convert import cifar
@@ -191,18 +191,25 @@ def _describe(options: EncodeOptions, split: str, on_error: str) -> dict[str, An
 
 
 def _check_destination(dest: Path, overwrite: bool) -> None:
-    if dest.is_dir():
-        raise DataError(f"{dest}: is a folder; give the name of the file to make, as {dest / 'train.beton'}")
-    if dest.exists() and not overwrite:
-        raise DataError(f"{dest}: exists; remove it, choose another name, or replace it with --overwrite")
-    if not dest.parent.is_dir():
-        raise DataError(f"{dest.parent}: is not a folder that exists; make it first")
+    try:
+        if dest.is_dir():
+            raise DataError(
+                f"{dest}: is a folder; give the name of the file to make, as {dest / 'train.beton'}"
+            )
+        if dest.exists() and not overwrite:
+            raise DataError(f"{dest}: exists; remove it, choose another name, or replace it with --overwrite")
+        if not dest.parent.is_dir():
+            raise DataError(f"{dest.parent}: is not a folder that exists; make it first")
+    except OSError as error:
+        raise DataError(f"{dest}: cannot be a file ({error.strerror}); choose another place") from error
 
 
 @contextmanager
 def _temporary(dest: Path) -> Iterator[tuple[Path, Path]]:
     """Two names beside `dest`, hidden and of this process, removed at the end whatever happens."""
-    parts = tuple(dest.with_name(f".{path.name}.{os.getpid()}.part") for path in (dest, manifest_path(dest)))
+    parts = tuple(
+        dest.with_name(f".{dest.name[:100]}.{os.getpid()}.{kind}.part") for kind in ("beton", "json")
+    )
     try:
         yield parts[0], parts[1]
     finally:

@@ -48,7 +48,9 @@ def test_no_sample_straddles_a_page(tmp_path: Path, sizes: list[int], page_bytes
     last = tables.data_ptrs + tables.data_sizes - np.uint64(1)
     np.testing.assert_array_equal(tables.data_ptrs // page_bytes, last // page_bytes)
     data = np.fromfile(path, np.uint8)
-    assert all((data[a : b + 1] == n).all() for n, (a, b) in enumerate(zip(tables.data_ptrs, last, strict=True)))
+    assert all(
+        (data[a : b + 1] == n).all() for n, (a, b) in enumerate(zip(tables.data_ptrs, last, strict=True))
+    )
 
 
 def test_stock_ffcv_reads_pixels_and_labels(tmp_path: Path) -> None:

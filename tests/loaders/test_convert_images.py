@@ -72,7 +72,9 @@ def test_jpeg_at_max_side_is_copied_and_a_larger_one_is_not() -> None:
     assert mean_difference(smaller, np.asarray(expected)) < 3
 
 
-@pytest.mark.parametrize("options", [{"progressive": True}, {"exif": {0x0112: 6}}], ids=["progressive", "exif"])
+@pytest.mark.parametrize(
+    "options", [{"progressive": True}, {"exif": {0x0112: 6}}], ids=["progressive", "exif"]
+)
 def test_other_jpegs_are_encoded_again(options: dict[str, object]) -> None:
     exif = Image.Exif()
     exif.update(options.pop("exif", {}))  # type: ignore[call-overload]
@@ -92,7 +94,9 @@ def test_exif_orientation(orientation: int) -> None:
         5: photo().swapaxes(0, 1), 6: np.rot90(photo(), -1),
         7: photo()[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(photo()),
     }[orientation]  # fmt: skip
-    np.testing.assert_array_equal(pixels(encode(save(Image.fromarray(photo()), "PNG", exif=exif), RAW)), turned)
+    np.testing.assert_array_equal(
+        pixels(encode(save(Image.fromarray(photo()), "PNG", exif=exif), RAW)), turned
+    )
 
 
 GREY = photo()[:, :, 0]
@@ -154,7 +158,10 @@ def test_sixty_four_pixels_are_small_and_sixty_five_are_not() -> None:
 
 
 def test_quality_reaches_the_encoder() -> None:
-    sizes = [len(encode(photo(), EncodeOptions(max_side=None, quality=q, encoding="auto")).payload) for q in (30, 95)]
+    sizes = [
+        len(encode(photo(), EncodeOptions(max_side=None, quality=q, encoding="auto")).payload)
+        for q in (30, 95)
+    ]
     assert sizes[0] < sizes[1]
 
 
@@ -168,7 +175,9 @@ def test_damage_is_named() -> None:
     assert "Premature end" in refuse(WHOLE[:2000]) or "truncated" in refuse(WHOLE[:2000])
     assert refuse(png[:200]).startswith("cannot be decoded")
     assert refuse(Path("/nowhere/at/all.jpg")).startswith("cannot be decoded")
-    assert refuse(save(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF")).endswith("convert it to 8 or 16 bits")
+    assert refuse(save(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF")).endswith(
+        "convert it to 8 or 16 bits"
+    )
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:

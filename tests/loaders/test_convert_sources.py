@@ -7,7 +7,7 @@ import json
 import pickle
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -74,7 +74,9 @@ def test_same_bytes_whatever_the_workers(tmp_path: Path) -> None:
     assert manifests[0].skipped == manifests[1].skipped and len(manifests[0].skipped) == 1
 
 
-@pytest.mark.skipif(not (SHARED / "data/imagenet-sample").is_dir(), reason="needs ../shared/data/imagenet-sample")
+@pytest.mark.skipif(
+    not (SHARED / "data/imagenet-sample").is_dir(), reason="needs ../shared/data/imagenet-sample"
+)
 def test_real_photographs_are_copied(tmp_path: Path) -> None:
     folder = SHARED / "data/imagenet-sample"
     manifest = convert(str(folder), tmp_path / "photos.beton", progress=False)
@@ -86,14 +88,21 @@ def test_real_photographs_are_copied(tmp_path: Path) -> None:
         start, size = int(tables.data_ptrs[index]), int(tables.data_sizes[index])
         image = Image.open(sample.name)
         assert image.size == (tables.widths[index], tables.heights[index])
-        assert (data[start : start + size].tobytes() == Path(sample.name).read_bytes()) == (image.mode == "RGB")
+        assert (data[start : start + size].tobytes() == Path(sample.name).read_bytes()) == (
+            image.mode == "RGB"
+        )
 
 
 # Parquet
 
 
 def write_parquet(
-    path: Path, labels: list[int | None], *, column: str = "image", names: list[str] | None = None, flat: bool = False
+    path: Path,
+    labels: Sequence[int | None],
+    *,
+    column: str = "image",
+    names: list[str] | None = None,
+    flat: bool = False,
 ) -> list[bytes]:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
@@ -112,7 +121,9 @@ def write_parquet(
 @pytest.mark.parametrize("column", ["image", "img"])
 @pytest.mark.parametrize("flat", [False, True])
 def test_parquet_rows(tmp_path: Path, column: str, flat: bool) -> None:
-    images = write_parquet(tmp_path / "x.parquet", [1, 0, 2, 1], column=column, flat=flat, names=["u", "v", "w"])
+    images = write_parquet(
+        tmp_path / "x.parquet", [1, 0, 2, 1], column=column, flat=flat, names=["u", "v", "w"]
+    )
     source = opened(tmp_path / "x.parquet")
     assert source.class_names == ("u", "v", "w") and source.num_samples == 4
     samples = list(source.samples())
@@ -156,7 +167,9 @@ def test_parquet_errors(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message):
             opened(path)
     write_parquet(path, [0], column="picture")
-    with pytest.raises(DataError, match="needs the columns `image` or `img`, and `label`; it has picture, label"):
+    with pytest.raises(
+        DataError, match="needs the columns `image` or `img`, and `label`; it has picture, label"
+    ):
         opened(path)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match=r"x\.parquet: cannot be read as parquet"):
@@ -202,7 +215,9 @@ def cifar_folder(folder: Path, num_rows: int = 4) -> Path:
         data = RNG.integers(0, 256, (num_rows, 3072), dtype=np.uint8)
         values = {b"data": data, b"labels": [number] * num_rows, b"filenames": [b"x.png"] * num_rows}
         (folder / name).write_bytes(pickle.dumps(values, protocol=4))
-    (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": [f"c{n}".encode() for n in range(10)]}))
+    (folder / "batches.meta").write_bytes(
+        pickle.dumps({b"label_names": [f"c{n}".encode() for n in range(10)]})
+    )
     return folder
 
 
@@ -217,7 +232,9 @@ def cifar_archive(folder: Path) -> Path:
 def test_cifar_archive_and_folder(tmp_path: Path) -> None:
     path = cifar_archive(tmp_path)
     for source in (path, tmp_path, tmp_path / cifar.FOLDER):
-        assert [sample.label for sample in opened(source).samples()] == [n for n in range(5) for _ in range(4)]
+        assert [sample.label for sample in opened(source).samples()] == [
+            n for n in range(5) for _ in range(4)
+        ]
         assert opened(source).class_names == tuple(f"c{n}" for n in range(10))
         samples = list(opened(source, "test").samples())
         assert [sample.label for sample in samples] == [5] * 4
@@ -283,7 +300,10 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[st
 
 
 def test_cifar10_is_downloaded_checked_kept_and_said(
-    server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: tuple[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     address, folder = server
     archive = cifar_archive(folder)
@@ -295,7 +315,10 @@ def test_cifar10_is_downloaded_checked_kept_and_said(
     assert manifest.num_samples == 4 and [path.name for path in kept.iterdir()] == [archive.name]
     assert f"kept in {kept}" in capsys.readouterr().err
     archive.unlink()  # what is kept serves the next time
-    assert convert("cifar10", tmp_path / "d.beton", split="test", workers=1, progress=False).digest == manifest.digest
+    assert (
+        convert("cifar10", tmp_path / "d.beton", split="test", workers=1, progress=False).digest
+        == manifest.digest
+    )
 
 
 def test_a_partial_download_is_never_taken_for_the_whole(server: tuple[str, Path], tmp_path: Path) -> None:
@@ -334,7 +357,15 @@ def test_unknown_sources(tmp_path: Path) -> None:
 
 def test_manifest_tells_the_source_and_the_options(tmp_path: Path) -> None:
     fill(tmp_path / "in", ["a/1.png", "b/2.png"])
-    convert(str(tmp_path / "in"), tmp_path / "x.beton", max_side=20, quality=80, encoding="jpeg", workers=1, progress=False)
+    convert(
+        str(tmp_path / "in"),
+        tmp_path / "x.beton",
+        max_side=20,
+        quality=80,
+        encoding="jpeg",
+        workers=1,
+        progress=False,
+    )
     manifest: Manifest = check_opening(tmp_path / "x.beton")
     assert str(tmp_path / "in") in manifest.source
     wanted = {"max_side": 20, "quality": 80, "encoding": "jpeg", "split": "train", "on_error": "fail"}

@@ -69,7 +69,7 @@ def test_flipped_byte_in_an_image(copied: Path) -> None:
     tables = read_tables(copied)
     flip(copied, int(tables.data_ptrs[7] + tables.data_sizes[7] // np.uint64(2)))
     for check in (check_opening, verify):
-        with pytest.raises(DataError, match="block 0 .*does not match its checksum"):
+        with pytest.raises(DataError, match=r"block 0 .*does not match its checksum"):
             check(copied)
 
 

@@ -28,7 +28,9 @@ def test_default_sizes_and_labels(tmp_path: Path) -> None:
 def test_splits_share_no_digit_and_no_photo_region() -> None:
     from sklearn import datasets
 
-    train, test = ([digit.tobytes() for own in split_digits(split, 0) for digit in own] for split in ("train", "test"))
+    train, test = (
+        [digit.tobytes() for own in split_digits(split, 0) for digit in own] for split in ("train", "test")
+    )
     assert not set(train) & set(test)
     assert sorted(train + test) == sorted(digit.tobytes() for digit in datasets.load_digits().images)
     assert len(train) == pytest.approx(4 * len(test), rel=0.02)
