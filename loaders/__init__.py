@@ -21,7 +21,9 @@ LOADERS = ("ffcv", "torch")
 """Names for `open_loader`, the default first."""
 
 
-def open_loader(name: str, path: Path | str, recipes: tuple[Recipe, ...], **options: Any) -> FFCVLoader | TorchLoader:
+def open_loader(
+    name: str, path: Path | str, recipes: tuple[Recipe, ...], **options: Any
+) -> FFCVLoader | TorchLoader:
     """Open a loader by name; `options` are those of `FFCVLoader` and `TorchLoader`, which agree.
 
     Errors: `DataError` when the name is unknown, when FFCV is asked for and not installed, or as the loader has it.
@@ -35,5 +37,7 @@ def open_loader(name: str, path: Path | str, recipes: tuple[Recipe, ...], **opti
     try:
         from loaders.ffcv_loader import FFCVLoader
     except ImportError as error:
-        raise DataError(f"loader 'ffcv' cannot be imported ({error}); run 'fast-essl doctor' for how to install") from error
+        raise DataError(
+            f"loader 'ffcv' cannot be imported ({error}); run 'fast-essl doctor' for how to install"
+        ) from error
     return FFCVLoader(path, recipes, **options)

@@ -154,7 +154,9 @@ def _filter_column(tile, start, count, weights, x, sums):  # type: ignore[no-unt
                 sums[x, i] = wa * tile[a, i] + wb * tile[a + 1, i] + wc * tile[a + 2, i] + wd * tile[a + 3, i]
         else:
             for i in range(TILE_WIDTH):
-                sums[x, i] += wa * tile[a, i] + wb * tile[a + 1, i] + wc * tile[a + 2, i] + wd * tile[a + 3, i]
+                sums[x, i] += (
+                    wa * tile[a, i] + wb * tile[a + 1, i] + wc * tile[a + 2, i] + wd * tile[a + 3, i]
+                )
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -191,7 +193,9 @@ def resize_crop(source, box, cubic, out):  # type: ignore[no-untyped-def]
     length = width * 3
     row_starts, row_counts, row_weights = _weights(height, size, cubic)
     col_starts, col_counts, col_weights = _weights(width, size, cubic)
-    cropped = source.reshape(source.shape[0], source.shape[1] * 3)[top : top + height, left * 3 : left * 3 + length]
+    cropped = source.reshape(source.shape[0], source.shape[1] * 3)[
+        top : top + height, left * 3 : left * 3 + length
+    ]
     rows = np.zeros((TILE_ROWS, length), np.float32)
     tile = np.zeros((width + NUM_TAPS_A_SWEEP, TILE_WIDTH), np.float32)
     sums = np.empty((size, TILE_WIDTH), np.float32)
@@ -203,7 +207,9 @@ def resize_crop(source, box, cubic, out):  # type: ignore[no-untyped-def]
     for first in range(0, size, TILE_ROWS):
         num_rows = min(TILE_ROWS, size - first)
         for r in range(num_rows):
-            _filter_row(cropped, row_starts[first + r], row_counts[first + r], row_weights, first + r, rows, r)
+            _filter_row(
+                cropped, row_starts[first + r], row_counts[first + r], row_weights, first + r, rows, r
+            )
         _interleave(rows, tile_columns, length)
         for x in range(size):
             _filter_column(tile, col_starts[x], col_counts[x], col_weights, x, sums)

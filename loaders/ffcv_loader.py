@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
@@ -104,7 +105,7 @@ class FFCVLoader:
         return self.plan.num_samples
 
     @property
-    def class_names(self) -> list[str]:
+    def class_names(self) -> tuple[str, ...]:
         return self.images.class_names
 
     @property
@@ -167,7 +168,7 @@ class _CropsDecoder(SimpleRGBImageDecoder):
         status = AllocationQuery((), np.dtype("i4"))
         return replace(previous_state, jit_mode=True), (crops, status)
 
-    def generate_code(self) -> Callable:
+    def generate_code(self) -> Callable[..., Any]:
         read, parallel_range = self.memory_read, Compiler.get_iterator()
         sizes, cubic, num_crops = self.sizes, self.cubic, len(self.sizes)
         # Called by address, so that FFCV, which caches nothing, compiles a loop and not all that the loop calls.
@@ -213,11 +214,13 @@ class _Epoch(EpochIterator):
         try:
             (batch,) = next(self)
         except StopIteration:
-            raise DataError(f"{self.loader.fname}: FFCV's thread ended early ({self.error!r})") from self.error
+            raise DataError(
+                f"{self.loader.fname}: FFCV's thread ended early ({self.error!r})"
+            ) from self.error
         return batch
 
     def stop(self) -> None:
-        self.iter_ixes: Iterator = iter(())
+        self.iter_ixes = iter(())
         while self.is_alive():
             try:
                 self.output_queue.get(timeout=0.01)

@@ -25,7 +25,7 @@ class BetonImages:
     tables: BetonTables
 
     @property
-    def class_names(self) -> list[str]:
+    def class_names(self) -> tuple[str, ...]:
         return self.manifest.class_names
 
     @property
@@ -63,7 +63,7 @@ class FolderImages:
     """An image folder, one directory a class; sizes are read from the files' headers on opening."""
 
     path: Path
-    class_names: list[str]
+    class_names: tuple[str, ...]
     files: list[Path]
     heights: np.ndarray
     widths: np.ndarray
@@ -120,7 +120,7 @@ def open_folder(path: Path) -> FolderImages:
     widths, heights = np.array(sizes, dtype=np.int32).T
     return FolderImages(
         path=path,
-        class_names=classes,
+        class_names=tuple(classes),
         files=[file for file, _ in pairs],
         heights=heights,
         widths=widths,

@@ -14,8 +14,8 @@ _ORDER_STREAM = 0xFFFFFFFF
 def epoch_order(num_samples: int, *, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
     """The order in which an epoch visits the samples, a pure function of (seed, epoch).
 
-    Sorting by random 64-bit keys is a uniform permutation (ties, of which 2**40 pairs of samples expect one in
-    2**24, fall back to the index) and, unlike numpy's shuffle, bound to stay the same between numpy's versions.
+    Sorting by random 64-bit keys is a uniform permutation (a million samples tie once in 2**25 epochs, and then fall
+    back to the index) and, unlike numpy's shuffle, bound to stay the same between numpy's versions.
 
     Returns: (num_samples,) int64, a permutation, or 0, 1, 2, … without `shuffle`.
     """

@@ -29,10 +29,25 @@ FIRST_BOX_BLOCK = 3
 _PERMUTATIONS = np.array(list(permutations(range(4))), dtype=np.uint8)
 _IDENTITY_JITTER = np.array([1, 1, 1, 0], dtype=np.float32)
 # One row of numbers a recipe, for the compiled draw.
-_COLUMNS = (
-    "center scale_low scale_high log_ratio_low log_ratio_high center_fraction flip_p jitter_p brightness contrast "
-    "saturation hue grey_p blur_p blur_low blur_high solarize_p"
-).split()
+_COLUMNS = [
+    "center",
+    "scale_low",
+    "scale_high",
+    "log_ratio_low",
+    "log_ratio_high",
+    "center_fraction",
+    "flip_p",
+    "jitter_p",
+    "brightness",
+    "contrast",
+    "saturation",
+    "hue",
+    "grey_p",
+    "blur_p",
+    "blur_low",
+    "blur_high",
+    "solarize_p",
+]
 _COLUMN = {name: column for column, name in enumerate(_COLUMNS)}
 
 
@@ -195,7 +210,19 @@ _SOLARIZE_P = _COLUMN["solarize_p"]
 
 @numba.njit(cache=True, nogil=True)
 def _draw(  # type: ignore[no-untyped-def]
-    settings, key, epoch, indices, heights, widths, box, flip, jitter, jitter_order, grey, blur_sigma, solarize
+    settings,
+    key,
+    epoch,
+    indices,
+    heights,
+    widths,
+    box,
+    flip,
+    jitter,
+    jitter_order,
+    grey,
+    blur_sigma,
+    solarize,
 ):
     for n in range(len(indices)):
         index = indices[n]

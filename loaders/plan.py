@@ -43,9 +43,13 @@ class EpochPlan:
         if not self.recipes:
             raise ValueError("recipes: at least one is needed")
         if self.batch_size < 1 or self.batch_size % self.num_ranks:
-            raise ValueError(f"batch_size = {self.batch_size}: must be a multiple of the {self.num_ranks} ranks")
+            raise ValueError(
+                f"batch_size = {self.batch_size}: must be a multiple of the {self.num_ranks} ranks"
+            )
         if self.num_steps == 0:
-            raise ValueError(f"batch_size = {self.batch_size}: the data set has only {self.num_samples} samples")
+            raise ValueError(
+                f"batch_size = {self.batch_size}: the data set has only {self.num_samples} samples"
+            )
 
     @property
     def num_samples(self) -> int:

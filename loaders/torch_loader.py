@@ -66,7 +66,9 @@ class TorchLoader:
     def manifest(self) -> Manifest:
         """Errors: `DataError` for an image folder, which has none."""
         if isinstance(self.images, FolderImages):
-            raise DataError(f"{self.images.path}: an image folder has no manifest; convert it to a .beton file")
+            raise DataError(
+                f"{self.images.path}: an image folder has no manifest; convert it to a .beton file"
+            )
         return self.images.manifest
 
     @property
@@ -74,7 +76,7 @@ class TorchLoader:
         return self.plan.num_samples
 
     @property
-    def class_names(self) -> list[str]:
+    def class_names(self) -> tuple[str, ...]:
         return self.images.class_names
 
     @property

@@ -1,0 +1,180 @@
+"""FFCV and the reference loader: the same crops for the same seed, whatever threads, batches, ranks or resumption."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from loaders import open_loader
+from loaders.beton import read_tables
+from loaders.errors import DataError
+from loaders.ffcv_loader import FFCVLoader
+from loaders.recipe import Recipe
+from loaders.torch_loader import TorchLoader
+
+RECIPES = (
+    Recipe(size=48, scale=(0.08, 1.0)),
+    Recipe(size=48, scale=(0.08, 1.0), blur_p=0.5),
+    Recipe(size=24, scale=(0.05, 0.14), interpolation="bilinear"),
+)
+
+
+def by_index(batches):
+    """{sample index: (crops, label, parameters)} of an epoch; every sample at most once."""
+    samples = {}
+    for crops in batches:
+        for n, index in enumerate(crops.indices.tolist()):
+            assert index not in samples
+            samples[index] = (
+                [images[n] for images in crops.images],
+                int(crops.labels[n]),
+                crops.parameters.rows(slice(n, n + 1)),
+            )
+    return samples
+
+
+def assert_same(one, other, tolerance=0.0):
+    assert one.keys() == other.keys()
+    for index in one:
+        (images, label, table), (others, other_label, other_table) = one[index], other[index]
+        assert label == other_label
+        assert np.array_equal(table.box, other_table.box) and np.array_equal(table.jitter, other_table.jitter)
+        for image, expected in zip(images, others, strict=True):
+            assert (image.int() - expected.int()).abs().float().mean() <= tolerance, index
+
+
+@pytest.fixture(scope="module")
+def ffcv(photo_beton):
+    return FFCVLoader(photo_beton, RECIPES, batch_size=32, seed=5, drop_last=False, num_workers=2)
+
+
+@pytest.fixture(scope="module")
+def epoch_one(ffcv):
+    return by_index(ffcv.epoch(1))
+
+
+def test_crops_have_the_promised_shapes(ffcv, photo_beton):
+    batches = list(ffcv.epoch(0))
+    assert [len(crops.labels) for crops in batches] == [32, 32, 6] and len(ffcv) == 3
+    for crops in batches:
+        count = len(crops.labels)
+        assert [tuple(images.shape) for images in crops.images] == [
+            (count, r.size, r.size, 3) for r in RECIPES
+        ]
+        assert all(images.dtype == torch.uint8 and images.is_contiguous() for images in crops.images)
+        assert crops.labels.dtype == crops.indices.dtype == torch.int64
+        assert crops.parameters.box.shape == (count, 3, 4)
+        labels = read_tables(photo_beton).labels[crops.indices.numpy()]
+        assert np.array_equal(crops.labels.numpy(), labels)
+    assert ffcv.num_samples == 70 and ffcv.class_names == ("class0", "class1", "class2")
+
+
+def test_kept_batches_are_not_overwritten(ffcv):
+    """FFCV reuses its buffers; with 12 steps and 2 batches ahead a kept view into them would change."""
+    small = FFCVLoader(ffcv.images.path, RECIPES, batch_size=6, seed=5, num_workers=2)
+    kept = list(small.epoch(0))
+    sums = [int(crops.images[0].sum()) for crops in small.epoch(0)]
+    assert [int(crops.images[0].sum()) for crops in kept] == sums and len(set(sums)) > 8
+
+
+@pytest.mark.parametrize("source", ["beton", "folder"])
+def test_the_reference_loader_agrees(epoch_one, photo_beton, photo_folder, source):
+    """JPEGs are stored byte for byte, and decoders are equal, so the folder differs only where it was re-encoded."""
+    path = photo_beton if source == "beton" else photo_folder
+    reference = TorchLoader(path, RECIPES, batch_size=35, seed=5, drop_last=False, num_workers=1)
+    samples = by_index(reference.epoch(1))
+    if source == "folder":
+        reencoded = [
+            index for index in samples if reference.images.files[index].name in ("005.jpg", "007.png")
+        ]
+        assert len(reencoded) == 2
+        kept = set(samples) - set(reencoded)
+        assert_same({i: epoch_one[i] for i in kept}, {i: samples[i] for i in kept}, tolerance=1.0)
+    else:
+        assert_same(epoch_one, samples, tolerance=1.0)
+
+
+@pytest.mark.parametrize("options", [{"num_workers": 1}, {"num_workers": 4}, {"batch_size": 64}])
+def test_threads_and_batch_size_change_nothing(epoch_one, photo_beton, options):
+    loader = FFCVLoader(photo_beton, RECIPES, **{"batch_size": 32, "seed": 5, "drop_last": False, **options})
+    assert_same(epoch_one, by_index(loader.epoch(1)))
+
+
+def test_two_ranks_share_the_epoch(epoch_one, photo_beton):
+    options = {"batch_size": 32, "seed": 5, "drop_last": False, "num_workers": 2, "num_ranks": 2}
+    loaders = [FFCVLoader(photo_beton, RECIPES, rank=rank, **options) for rank in range(2)]
+    parts = [list(loader.epoch(1)) for loader in loaders]
+    assert [len(crops.labels) for crops in parts[0]] == [16, 16, 3]
+    assert_same(epoch_one, by_index(parts[0] + parts[1]))
+
+
+def test_an_epoch_resumed_in_the_middle_goes_on_as_it_would_have(ffcv):
+    whole, rest = list(ffcv.epoch(4)), list(ffcv.epoch(4, start_step=1))
+    assert len(rest) == 2
+    for expected, crops in zip(whole[1:], rest, strict=True):
+        assert torch.equal(expected.indices, crops.indices)
+        assert all(map(torch.equal, expected.images, crops.images))
+    assert list(ffcv.epoch(4, start_step=3)) == []
+
+
+def test_another_seed_or_epoch_gives_other_crops(ffcv, epoch_one):
+    other = by_index(ffcv.epoch(2))
+    changed = [not torch.equal(epoch_one[index][0][0], other[index][0][0]) for index in epoch_one]
+    assert np.mean(changed) > 0.95
+
+
+def test_leaving_early_frees_the_thread(ffcv):
+    before = threading.active_count()
+    for _ in range(3):
+        epoch = ffcv.epoch(0)
+        next(epoch)
+        epoch.close()
+    assert threading.active_count() == before
+
+
+def test_thread_counts_of_torch_and_numba_are_kept(photo_beton):
+    import numba
+
+    before = torch.get_num_threads(), numba.get_num_threads()
+    next(FFCVLoader(photo_beton, RECIPES[:1], batch_size=8, num_workers=1).epoch(0))
+    assert (torch.get_num_threads(), numba.get_num_threads()) == before
+
+
+@pytest.mark.parametrize("name", ["ffcv", "torch"])
+def test_a_sample_damaged_after_opening_is_named(name, photo_beton, tmp_path):
+    path = tmp_path / "damaged.beton"
+    path.write_bytes(photo_beton.read_bytes())
+    manifest = photo_beton.with_name(photo_beton.name + ".json")
+    path.with_name(path.name + ".json").write_bytes(manifest.read_bytes())
+    loader = open_loader(name, path, RECIPES, batch_size=8, shuffle=False, num_workers=1)
+    tables = read_tables(path)
+    sample = int(np.flatnonzero(tables.modes == 0)[10])
+    start, size = int(tables.data_ptrs[sample]), int(tables.data_sizes[sample])
+    with open(path, "r+b") as file:
+        file.seek(start + size // 2)
+        file.write(bytes(size - size // 2))
+    with pytest.raises(DataError, match=rf"damaged\.beton: sample {sample} does not decode.*--verify"):
+        list(loader.epoch(0))
+
+
+@pytest.mark.parametrize("name", ["ffcv", "torch"])
+def test_what_cannot_be_loaded_is_refused(name, photo_beton, tmp_path):
+    with pytest.raises(DataError, match=r"missing\.beton"):
+        open_loader(name, tmp_path / "missing.beton", RECIPES, batch_size=8)
+    with pytest.raises(ValueError, match="batch_size = 71"):
+        open_loader(name, photo_beton, RECIPES, batch_size=71)
+    with pytest.raises(ValueError, match="multiple of the 3 ranks"):
+        open_loader(name, photo_beton, RECIPES, batch_size=32, num_ranks=3)
+
+
+def test_an_unknown_loader_is_refused(photo_beton):
+    with pytest.raises(DataError, match="'fcvv' is unknown"):
+        open_loader("fcvv", photo_beton, RECIPES, batch_size=8)
+
+
+def test_more_threads_than_numba_has_are_refused(photo_beton):
+    with pytest.raises(ValueError, match="NUMBA_NUM_THREADS=99"):
+        FFCVLoader(photo_beton, RECIPES, batch_size=8, num_workers=99)
