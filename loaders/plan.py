@@ -64,13 +64,15 @@ class EpochPlan:
     def batches(self, epoch: int, start_step: int = 0) -> list[np.ndarray]:
         """This rank's sample indices, one array a step, from `start_step` on."""
         order = epoch_order(self.num_samples, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
-        return rank_batches(
+        batches = rank_batches(
             order,
             batch_size=self.batch_size,
             rank=self.rank,
             num_ranks=self.num_ranks,
             drop_last=self.drop_last,
-        )[start_step:]
+        )
+        # A last batch of fewer samples than ranks leaves some ranks without one.
+        return [batch for batch in batches[start_step:] if len(batch)]
 
     def parameters(self, epoch: int, indices: np.ndarray) -> ViewParameters:
         """The random choices for these samples, (N, V) for V recipes."""

@@ -111,6 +111,15 @@ def test_two_ranks_share_the_epoch(epoch_one, photo_beton):
     assert_same(epoch_one, by_index(parts[0] + parts[1]))
 
 
+def test_a_rank_left_without_a_last_sample_ends_an_epoch_early(photo_beton):
+    options = {"batch_size": 23 * 3, "drop_last": False, "shuffle": False, "num_workers": 2, "num_ranks": 3}
+    counts = [
+        [len(crops.labels) for crops in FFCVLoader(photo_beton, RECIPES[2:], rank=rank, **options).epoch(0)]
+        for rank in range(3)
+    ]
+    assert counts == [[23, 1], [23], [23]]
+
+
 def test_an_epoch_resumed_in_the_middle_goes_on_as_it_would_have(ffcv):
     whole, rest = list(ffcv.epoch(4)), list(ffcv.epoch(4, start_step=1))
     assert len(rest) == 2
