@@ -95,13 +95,14 @@ echo "setup: installing fast_essl and its pinned dependencies into $venv (some m
 pip install pip setuptools wheel
 # shellcheck disable=SC2046  # nothing or one option
 pip install torch $(torch_index)
-pip install --no-build-isolation --editable '.[dev]'
+# setuptools warns that folders here are importable; they are meant to be.
+PYTHONWARNINGS=ignore pip install --no-build-isolation --editable '.[dev]'
 
 # --no-deps: FFCV names opencv-python, which wants libGL. No cache: what it was linked with may have changed.
 if ! $venv/bin/python -c 'import ffcv' 2>/dev/null; then
     echo "setup: building FFCV"
     pip install opencv-python-headless
-    PKG_CONFIG_PATH=$PWD/tools/ffcv CPATH=$PWD/tools/ffcv \
+    PKG_CONFIG_PATH=$PWD/tools/ffcv CPATH=$PWD/tools/ffcv:/usr/include/opencv4 \
         pip install --no-deps --no-build-isolation --no-cache-dir --force-reinstall ffcv
     $venv/bin/python -W ignore -c 'import ffcv' || fail "FFCV was built but cannot be imported; the reason is above"
 fi
