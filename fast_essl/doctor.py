@@ -1,0 +1,221 @@
+"""What is installed, what this machine has, which implementations the defaults choose, and whether files fit."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numba
+import torch
+from torch import nn
+
+from fast_essl.config import Config, DataConfig, ViewsConfig
+from fast_essl.evaluate_run import resolve_device
+from fast_essl.optim import build_sgd
+from loaders import LOADERS
+from loaders.beton import IMAGE_RAW, read_tables
+from loaders.errors import DataError
+from loaders.manifest import check_opening
+from loaders.recipe import Recipe
+from loaders.views import resolve_view_stage
+
+_GIB = 2**30
+_CHECKOUT = "run `make setup` in the checkout, or see `FFCV by hand` in CONTRIBUTING.md"
+# Name, what it is for ("" where nothing here uses it yet), the distributions that bring it, how to install it.
+_PACKAGES = (
+    ("ffcv", "the default loader", ("ffcv",), _CHECKOUT),
+    ("cv2", "imported by ffcv", ("opencv-python-headless", "opencv-python"), _CHECKOUT),
+    ("triton", "", ("triton",), "comes with torch's CUDA build"),
+    ("DALI", "", ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "pip install 'fast_essl[dali]'"),
+    ("apex", "", ("apex",), "built from https://github.com/NVIDIA/apex"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the doctor's table."""
+
+    subject: str
+    text: str
+    good: bool = True
+    """False where the default path, or the file, cannot be used as it is."""
+
+
+def doctor(paths: Sequence[Path] = ()) -> int:
+    """Print the table, for people.
+
+    Args: `paths` are `.beton` files to tell about, checked as a loader does when it opens them.
+    Returns: 0 when the defaults can train here and every file can be opened, else 1.
+    """
+    sections = {"installed": installed(), "machine": machine(), "would be used": would_be_used()}
+    for path in paths:
+        sections[str(path)] = about_file(path, available_bytes=available_memory_bytes())
+    num_bad = 0
+    for title, findings in sections.items():
+        print(title)
+        for finding in findings:
+            print(f"{' ' if finding.good else '!'} {finding.subject:<15} {finding.text}")
+            num_bad += not finding.good
+        print()
+    if num_bad:
+        print(f"{num_bad} of these lines need attention: they begin with !")
+    else:
+        print("all is well: the defaults can train here")
+    return 1 if num_bad else 0
+
+
+def installed() -> list[Finding]:
+    """Versions of the packages; an optional one that is missing is no fault."""
+    found = [Finding(subject="python", text=f"{platform.python_version()} ({sys.executable})")]
+    found += [
+        Finding(subject=name, text=importlib.metadata.version(name)) for name in ("torch", "numpy", "numba")
+    ]
+    for name, purpose, distributions, how in _PACKAGES:
+        version = next(filter(None, map(_version, distributions)), None)
+        if version is not None:
+            text = f"{version}{f', {purpose}' if purpose else ', not used by this version'}"
+            found.append(Finding(subject=name, text=text))
+        elif purpose:
+            found.append(Finding(subject=name, text=f"missing ({purpose}): {how}", good=False))
+        else:
+            found.append(Finding(subject=name, text=f"missing, not needed by this version: {how}"))
+    return found
+
+
+def machine() -> list[Finding]:
+    """Cores, memory and GPUs as this process may use them."""
+    cores = len(os.sched_getaffinity(0))
+    memory = f"{available_memory_bytes() / _GIB:.1f} GiB free of {_meminfo_bytes('MemTotal') / _GIB:.1f} GiB"
+    found = [Finding(subject="cores", text=f"{cores}"), Finding(subject="memory", text=memory)]
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        text = f"{gpu.name}, {gpu.total_memory / _GIB:.0f} GiB"
+        found.append(Finding(subject=f"GPU {index}", text=text))
+    if not torch.cuda.is_available():
+        found.append(_no_gpu(driver_sees_one=Path("/dev/nvidia0").exists(), cuda_build=torch.version.cuda))
+    return found
+
+
+def _no_gpu(*, driver_sees_one: bool, cuda_build: str | None) -> Finding:
+    if not driver_sees_one:
+        return Finding(subject="GPU", text="none")
+    why = f"for CUDA {cuda_build} cannot use its driver" if cuda_build else "is a build for CPUs"
+    return Finding(subject="GPU", text=f"there is one, but the installed torch {why}", good=False)
+
+
+def would_be_used() -> list[Finding]:
+    """What the defaults come to on this machine, and why."""
+    crop = Recipe(size=32)
+    config = Config(
+        data=DataConfig(train=Path(), test=Path()),
+        views=ViewsConfig(view1=crop, view2=crop, transformed=crop),
+    )
+    device, dtype = resolve_device(config)
+    make_views = resolve_view_stage(config.data.view_stage, device)
+    stage = make_views.__module__.rpartition(".")[2]
+    precision = f"{str(dtype).removeprefix('torch.')}: `{config.train.precision}` on {device.type}"
+    return [
+        _loader(config.data.loader),
+        Finding(subject="view stage", text=f"{stage}: `{config.data.view_stage}` on {device.type}"),
+        Finding(subject="device", text=f"{device.type}: `{config.train.device}`"),
+        Finding(subject="precision", text=precision),
+        _optimizer(device),
+        _threading_layer(),
+    ]
+
+
+def _loader(name: str) -> Finding:
+    """Whether the default loader imports: a package may be installed and still lack a system library."""
+    others = " or ".join(other for other in LOADERS if other != name)
+    try:
+        importlib.import_module(f"loaders.{name}_loader")
+    except (ImportError, OSError, DataError) as error:
+        reason = " ".join(str(error).split())
+        text = f"{name} cannot be imported ({reason}); until then use --data.loader {others}"
+        return Finding(subject="loader", text=text, good=False)
+    return Finding(subject="loader", text=f"{name}: the default, and it imports")
+
+
+def _optimizer(device: torch.device) -> Finding:
+    """Which implementation of SGD the trainer builds, read from one that it built."""
+    optimizer = build_sgd(nn.Linear(1, 1, device=device), learning_rate=0.1, momentum=0.9, weight_decay=0.0)
+    if optimizer.defaults.get("fused"):
+        text = "SGD, fused: all parameters in one kernel"
+    elif optimizer.defaults.get("foreach") or (
+        optimizer.defaults.get("foreach") is None and device.type == "cuda"
+    ):
+        text = "SGD, foreach: one kernel a list of parameters"
+    else:
+        text = f"SGD, one parameter at a time: torch's default on {device.type}"
+    return Finding(subject="optimizer", text=text)
+
+
+def _threading_layer() -> Finding:
+    """Numba's threads: the loader's and the trainer's run at once, which the layer `workqueue` aborts on."""
+    wanted = numba.config.THREADING_LAYER
+    try:
+        num_threads = numba.get_num_threads()  # starts the layer
+    except ValueError:
+        text = f"numba has no layer `{wanted}`; on Debian: apt install libgomp1"
+        return Finding(subject="threads", text=text, good=False)
+    layer = numba.threading_layer()
+    safe = layer in ("omp", "tbb")
+    text = f"numba on `{layer}`, {num_threads} threads, {'' if safe else 'not '}thread-safe"
+    return Finding(subject="threads", text=text, good=safe)
+
+
+def about_file(path: Path, *, available_bytes: int) -> list[Finding]:
+    """Facts of a `.beton` file, and whether the page cache can hold it in `available_bytes` of memory."""
+    try:
+        manifest = check_opening(path)
+        tables = read_tables(path)
+    except DataError as error:
+        return [Finding(subject="cannot be used", text=str(error), good=False)]
+    num_raw = int((tables.modes == IMAGE_RAW).sum())
+    mean_bytes = tables.data_sizes.mean() if tables.num_samples else 0.0
+    kinds = f"{tables.num_samples - num_raw} JPEG, {num_raw} raw"
+    if manifest.num_bytes <= available_bytes:
+        fits = "yes: after the first epoch it is read from memory"
+    else:
+        fits = f"no: {available_bytes / _GIB:.1f} GiB are free, so every epoch reads the disk"
+    return [
+        Finding(
+            subject="samples", text=f"{tables.num_samples} in {len(manifest.class_names)} classes ({kinds})"
+        ),
+        Finding(
+            subject="size", text=f"{manifest.num_bytes / 2**20:.1f} MiB, {mean_bytes:.0f} bytes a sample"
+        ),
+        Finding(subject="fits in memory", text=fits),
+    ]
+
+
+def available_memory_bytes() -> int:
+    """Memory that the page cache can grow into: what the kernel counts as available, within the container's limit."""
+    free = _meminfo_bytes("MemAvailable")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        path = Path(limit)
+        text = path.read_text().strip() if path.exists() else "max"
+        if text != "max":
+            free = min(free, int(text))
+    return free
+
+
+def _meminfo_bytes(key: str) -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == key:
+            return int(value.split()[0]) * 1024
+    raise OSError(f"/proc/meminfo has no {key}")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
