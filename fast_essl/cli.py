@@ -163,13 +163,13 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
-    from fast_essl.config_io import load_config
+    from fast_essl.config_io import find_config, load_config
 
     if arguments.help:
         return _pretrain_help(arguments.config)
     if arguments.config is None:
-        raise ConfigError(f"command line: pretrain takes a configuration file first: {PRETRAIN_USAGE}")
-    config = load_config(arguments.config, arguments.overrides)
+        raise ConfigError(f"command line: pretrain takes a configuration first: {PRETRAIN_USAGE}")
+    config = load_config(find_config(arguments.config), arguments.overrides)
     run_dir = arguments.run_dir or Path("runs") / f"{arguments.config.stem}-seed{config.train.seed}"
 
     from fast_essl.pretrain import pretrain
@@ -194,17 +194,18 @@ def _pretrain_help(config_path: Path | None) -> int:
     """All fields with their docstrings and, where a configuration is given, its values."""
     import tyro
 
-    from fast_essl.config_io import load_config
+    from fast_essl.config_io import find_config, load_config
 
     description = (
-        "Train the configuration CONFIG (a TOML file) in DIR, by default runs/<CONFIG's name>-seed<seed>, or "
-        "continue the run that is there. Ctrl-C and SIGTERM save a checkpoint. Every field can be overridden:"
+        "Train CONFIG, a TOML file or the name of a recipe such as e_simclr_cifar10, in DIR, by default "
+        "runs/<CONFIG's name>-seed<seed>, or continue the run that is there. Ctrl-C and SIGTERM save a checkpoint. "
+        "Every field can be overridden:"
     )
     tyro.cli(
         Config,
         prog=PRETRAIN_USAGE.partition(" [--section")[0],
         description=description,
-        default=load_config(config_path) if config_path is not None else tyro.MISSING_NONPROP,
+        default=load_config(find_config(config_path)) if config_path is not None else tyro.MISSING_NONPROP,
         args=["--help"],
         config=(tyro.conf.FlagConversionOff,),
     )

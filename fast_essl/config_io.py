@@ -21,6 +21,22 @@ from fast_essl.config import Config, ConfigError
 COMMAND_LINE = "command line"
 
 
+def find_config(name: Path) -> Path:
+    """The file at `name` or, for a bare name such as `e_simclr_cifar10`, the recipe that comes with fast_essl.
+
+    Errors: `ConfigError` naming the recipe nearest to a bare name that is none.
+    """
+    if name.exists() or name.suffix or name.name != str(name):
+        return name
+    package = Path(__file__).resolve().parent
+    folders = (package / "configs", package.parent / "configs")  # installed, and in a checkout
+    recipes = {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}
+    if name.name not in recipes:
+        nearest = _nearest(name.name, list(recipes))
+        raise ConfigError(f"{name}: neither a file nor a recipe of fast_essl; the nearest is {nearest}")
+    return recipes[name.name]
+
+
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     """Read a TOML file and apply command-line overrides to it.
 

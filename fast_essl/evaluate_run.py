@@ -1,4 +1,4 @@
-"""A run's images and device, and the evaluation of its checkpoint: the train split as the bank, the test split scored."""
+"""The images and the device of a run, and the evaluation of its checkpoint."""
 
 from __future__ import annotations
 

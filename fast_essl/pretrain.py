@@ -63,9 +63,10 @@ def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Su
     device, dtype = resolve_device(config)
     train, recipes = config.train, config.crop_recipes()
     torch.set_num_threads(train.num_threads or len(os.sched_getaffinity(0)))
-    with run_folder.held(run_dir), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         loader = stack.enter_context(contextlib.closing(open_split(config, "train", recipes, shuffle=True)))
         splits = stack.enter_context(contextlib.closing(EvaluationSplits(config, device)))
+        stack.enter_context(run_folder.held(run_dir))
         steps_per_epoch = len(loader)
         schedule_steps = train.epochs * steps_per_epoch
         last_step = min(schedule_steps, train.max_steps or schedule_steps)

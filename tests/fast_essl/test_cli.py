@@ -40,9 +40,13 @@ def _run(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str
         (["convert", "a", "--verify", "b.beton"], "--verify takes one file"),
         (["convert", "--verify", "missing.beton"], "missing.beton"),
         (["convert", "missing", "b.beton"], "missing"),
-        (["pretrain"], "pretrain takes a configuration file first"),
+        (["pretrain"], "pretrain takes a configuration first"),
         (["pretrain", "missing.toml"], "missing.toml: No such file or directory"),
         (["pretrain", "configs"], "configs: Is a directory"),
+        (
+            ["pretrain", "simclr_cifar"],
+            "simclr_cifar: neither a file nor a recipe of fast_essl; the nearest is simclr_cifar10",
+        ),
         (
             ["pretrain", "configs/e_simclr_cifar10.toml", "--train.epoch", "3"],
             "command line: unknown option --train.epoch 3; the nearest valid name is --train.epochs",
@@ -71,7 +75,7 @@ def test_a_mistake_is_one_line_and_code_2(
 
 
 def test_help_is_there_and_loads_no_torch() -> None:
-    code = "import sys; from fast_essl.cli import main\ntry: main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    code = "import sys, fast_essl.cli as cli\ntry: cli.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
     answer = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fast_essl.config import Config, ConfigError
-from fast_essl.config_io import config_to_toml, load_config
+from fast_essl.config_io import config_to_toml, find_config, load_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MINIMAL = """
@@ -162,3 +162,13 @@ def test_a_mistake_in_an_override_is_one_line(tmp_path: Path, words: str, wanted
 def test_the_baseline_cuts_no_third_crop(tmp_path: Path) -> None:
     config: Config = load_config(_write(tmp_path, MINIMAL), ["--method.equivariance-weight", "0"])
     assert config.crop_recipes() == (config.views.view1, config.views.view2)
+
+
+def test_a_recipe_is_found_by_name_and_a_file_by_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config(Path("simclr_cifar10")).samefile(CONFIGS / "simclr_cifar10.toml")
+    assert find_config(Path("my.toml")) == Path("my.toml")
+    with pytest.raises(ConfigError, match="the nearest is e_simclr_cifar10"):
+        find_config(Path("e_simclr_cifar"))

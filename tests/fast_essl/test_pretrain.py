@@ -18,9 +18,7 @@ from fast_essl import run_folder
 from fast_essl.checkpoint import load_file
 from fast_essl.config import Config, ConfigError
 from fast_essl.config_io import load_config
-try:
-    from fast_essl.evaluate_run import evaluate_run
-except ImportError: pass
+from fast_essl.evaluate_run import evaluate_run
 from fast_essl.pretrain import pretrain
 from fast_essl.run import NonFiniteLossError
 from loaders.errors import DataError
@@ -228,7 +226,10 @@ def test_one_process_a_folder(tiny_config: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "wanted"),
     [
-        ("--train.batch-size 64", r"train\.beton, opened with data\.loader = 'torch': batch_size = 64: .* only 34 samples"),
+        (
+            "--train.batch-size 64",
+            r"train\.beton, opened with data\.loader = 'torch': batch_size = 64: .* only 34 samples",
+        ),
         ("--train.precision fp16 --train.device cpu", "train.precision = 'fp16': needs a CUDA device"),
     ],
 )
@@ -236,8 +237,8 @@ def test_what_cannot_run_is_refused_before_any_work(
     tiny_config: Path, tmp_path: Path, overrides: str, wanted: str
 ) -> None:
     with pytest.raises(ConfigError, match=wanted):
-        pretrain(_config(tiny_config, overrides), tmp_path, show_progress=False)
-    assert not (tmp_path / run_folder.CONFIG).exists()
+        pretrain(_config(tiny_config, overrides), tmp_path / "run", show_progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_file_is_named(tiny_config: Path, tmp_path: Path) -> None:
