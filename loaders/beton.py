@@ -216,8 +216,10 @@ def read_tables(path: Path) -> BetonTables:
 
 
 def table_bytes(path: Path) -> tuple[bytes, bytes]:
-    """The bytes of the header, descriptors and metadata, and those of the allocation table. Errors:
-    DataError."""
+    """The bytes of the header, descriptors and metadata, and those of the allocation table.
+
+    Errors: DataError as in `read_tables`, of what it says of the file as a whole.
+    """
     _, metadata, allocations = _read_parts(path)
     with path.open("rb") as file:
         return file.read(METADATA_START + metadata.nbytes), allocations.tobytes()

@@ -1,5 +1,4 @@
-"""What a JPEG stream is and whether it is whole, by libjpeg-turbo's own judgement where that library is
-installed."""
+"""What a JPEG stream is and whether it is whole, by libjpeg-turbo's own judgement where it is installed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The manifest beside a .beton file: what it holds, where it came from, and the checksums by which damage is
-found."""
+"""The manifest beside a .beton file: what it holds, whence it came, and checksums by which damage is found."""
 
 from __future__ import annotations
 
@@ -58,8 +57,10 @@ class Manifest:
 
     @staticmethod
     def load(beton_path: Path) -> Manifest:
-        """Read the manifest of a .beton file. Errors: DataError if it is missing or not one of this
-        version."""
+        """Read the manifest of a .beton file.
+
+        Errors: DataError if it is missing or not one of this version.
+        """
         path = manifest_path(beton_path)
         if not beton_path.is_file():
             raise DataError(
@@ -103,8 +104,7 @@ def checksums(beton_path: Path) -> tuple[tuple[str, ...], str]:
 
 
 def check_opening(beton_path: Path) -> Manifest:
-    """Refuse a file that does not match its manifest: size, counts, tables, and a few blocks spread over the
-    file.
+    """Refuse a file that does not match its manifest: size, counts, tables, a few blocks spread over the file.
 
     Returns the manifest. Errors: DataError, one line that names the file and says what to do.
     """

@@ -1,5 +1,4 @@
-"""Parquet files as the Hugging Face hub lays them out: a column of encoded images and one of integer
-labels."""
+"""Parquet files as the Hugging Face hub lays them out: a column of encoded images, one of integer labels."""
 
 from __future__ import annotations
 
@@ -62,8 +61,9 @@ def open_parquet(files: list[Path], description: str) -> Source:
 
 
 def select_split(files: list[Path], split: str) -> list[Path]:
-    """The files whose names begin with `split`, as `train-00000-of-00002.parquet`; all if no name begins with
-    a split.
+    """The files whose names begin with `split`, as `train-00000-of-00002.parquet`.
+
+    All of them, if no name begins with a split.
 
     Errors: DataError if there are files of other splits only.
     """
