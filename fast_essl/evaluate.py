@@ -1,0 +1,148 @@
+"""What features are worth: kNN and a linear probe on a frozen backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loaders.batch import Views
+
+QUERIES_A_CHUNK = 512
+"""Bounds the memory of kNN: this many rows of similarities to the whole bank."""
+
+
+@torch.no_grad()
+def extract_features(backbone: nn.Module, batches: Iterable[Views]) -> tuple[Tensor, Tensor]:
+    """Features of the first view of every sample, the backbone in evaluation mode (BatchNorm statistics frozen).
+
+    Returns: ((N, D) float32, (N,) int64 labels), on the device of the batches, in their order. The backbone's mode is
+    as before afterwards.
+    """
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        pairs = [(backbone(views.views[0]).float(), views.labels) for views in batches]
+    finally:
+        backbone.train(was_training)
+    features, labels = zip(*pairs, strict=True)
+    return torch.cat(features), torch.cat(labels)
+
+
+@torch.no_grad()
+def knn_scores(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    *,
+    k: int,
+    num_classes: int,
+    temperature: float | None = None,
+) -> Tensor:
+    """Votes of the k bank samples of the largest cosine similarity.
+
+    Args: `bank` (N, D), `bank_labels` (N,), `queries` (Q, D); `temperature` T weighs a vote by exp(similarity / T) (Wu
+    et al., CVPR 2018, "weighted kNN"), None counts each as one, ties going to the class of the nearer neighbours.
+    Returns: (Q, num_classes) scores.
+    Errors: `ValueError` for a bank smaller than k.
+    """
+    if k > len(bank):
+        raise ValueError(f"k = {k}: the bank has only {len(bank)} samples")
+    bank = F.normalize(bank, dim=1)
+    chunks = []
+    for chunk in F.normalize(queries, dim=1).split(QUERIES_A_CHUNK):
+        similarity, nearest = (chunk @ bank.T).topk(k, dim=1)
+        if temperature is None:
+            # The similarities, at most 2 once shifted, never outweigh a vote: they only break ties.
+            votes = 1 + (similarity + 1) / (4 * k)
+        else:
+            votes = (similarity / temperature).exp()
+        scores = votes.new_zeros(len(chunk), num_classes)
+        chunks.append(scores.scatter_add_(1, bank_labels[nearest], votes))
+    return torch.cat(chunks)
+
+
+def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, *, k: int = 10) -> float:
+    """Plain cosine kNN: share of the queries whose label wins the vote."""
+    num_classes = int(bank_labels.max()) + 1
+    scores = knn_scores(bank, bank_labels, queries, k=min(k, len(bank)), num_classes=num_classes)
+    return top_accuracy(scores, labels, 1)
+
+
+def top_accuracy(scores: Tensor, labels: Tensor, n: int) -> float:
+    """Share of the rows of (Q, C) scores whose label is among the n highest."""
+    top = scores.topk(min(n, scores.shape[1]), dim=1).indices
+    return float((top == labels[:, None]).any(dim=1).float().mean())
+
+
+def linear_probe(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    *,
+    num_classes: int,
+    weight_decay: float = 1e-4,
+    num_iterations: int = 100,
+) -> Tensor:
+    """Multinomial logistic regression on pre-computed features: the fast form of the linear probe, without crops.
+
+    Features are standardised by the training split's mean and deviation; the fit is full-batch L-BFGS from zero, so
+    there is nothing random in it. Loss: cross-entropy + weight_decay / 2 · ‖W‖².
+
+    Args: `train_features` (N, D), `train_labels` (N,), `test_features` (Q, D).
+    Returns: (Q, num_classes) logits.
+    """
+    mean, std = train_features.mean(dim=0), train_features.std(dim=0).clamp_min(1e-6)
+    inputs = (train_features - mean) / std
+    with torch.enable_grad():
+        weight = torch.zeros(num_classes, inputs.shape[1], device=inputs.device, requires_grad=True)
+        bias = torch.zeros(num_classes, device=inputs.device, requires_grad=True)
+        optimizer = torch.optim.LBFGS(
+            [weight, bias],
+            max_iter=num_iterations,
+            tolerance_grad=1e-5,
+            line_search_fn="strong_wolfe",
+        )
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(F.linear(inputs, weight, bias), train_labels)
+            loss = loss + weight_decay / 2 * weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    return F.linear((test_features - mean) / std, weight, bias).detach()
+
+
+def evaluate_backbone(
+    backbone: nn.Module,
+    train_batches: Iterable[Views],
+    test_batches: Iterable[Views],
+    *,
+    num_classes: int,
+    weighted_k: int = 200,
+    temperature: float = 0.1,
+) -> dict[str, float]:
+    """kNN (k = 10), weighted kNN and linear probe: the training split is bank and fit, the test split the score.
+
+    Args: `weighted_k`, `temperature` of the weighted kNN (the official release's 200 and 0.1; the bank's size if it is
+    smaller).
+    Returns: top-1 and top-5 of each, shares in [0, 1], and the number of samples.
+    """
+    bank, bank_labels = extract_features(backbone, train_batches)
+    queries, labels = extract_features(backbone, test_batches)
+    plain_k, weighted_k = min(10, len(bank)), min(weighted_k, len(bank))
+    scores = {
+        "knn": knn_scores(bank, bank_labels, queries, k=plain_k, num_classes=num_classes),
+        "weighted_knn": knn_scores(
+            bank, bank_labels, queries, k=weighted_k, num_classes=num_classes, temperature=temperature
+        ),
+        "probe": linear_probe(bank, bank_labels, queries, num_classes=num_classes),
+    }
+    result = {
+        f"{name}_top{n}": top_accuracy(score, labels, n) for name, score in scores.items() for n in (1, 5)
+    }
+    return {**result, "num_train": len(bank), "num_test": len(queries)}

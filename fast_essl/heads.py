@@ -1,0 +1,46 @@
+"""Projector and prediction head: what stands on the features during pretraining."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+HeadForm = Literal["cifar_simclr", "cifar_simsiam", "imagenet"]
+
+
+def projector(num_features: int, *, hidden: int, out: int, num_layers: int = 2) -> nn.Sequential:
+    """Features → embedding: linear layers without bias, BatchNorm after each, ReLU between; the last without affine.
+
+    Source: the official release's CIFAR-10 projector (512 → 2048 → 2048) and, with three layers, its ImageNet ones.
+    """
+    sizes = [num_features] + [hidden] * (num_layers - 1) + [out]
+    layers: list[nn.Module] = []
+    for size, next_size in zip(sizes[:-2], sizes[1:-1], strict=True):
+        layers += [nn.Linear(size, next_size, bias=False), nn.BatchNorm1d(next_size), nn.ReLU(inplace=True)]
+    layers += [nn.Linear(sizes[-2], out, bias=False), nn.BatchNorm1d(out, affine=False)]
+    return nn.Sequential(*layers)
+
+
+def prediction_head(
+    num_features: int,
+    *,
+    hidden: int = 2048,
+    form: HeadForm = "cifar_simclr",
+    num_classes: int = 4,
+    bottleneck: int = 128,
+) -> nn.Sequential:
+    """Features → logits over the transformation group.
+
+    Args: `form` `cifar_simclr` is two hidden layers with LayerNorm and ReLU, then the logits; `cifar_simsiam` lacks the
+    second ReLU; `imagenet` has a linear `bottleneck` with LayerNorm before the logits.
+    Source: the official release; the positions in the sequence are its, too.
+    """
+    first = [nn.Linear(num_features, hidden), nn.LayerNorm(hidden), nn.ReLU(inplace=True)]
+    second: list[nn.Module] = [nn.Linear(hidden, hidden), nn.LayerNorm(hidden)]
+    if form != "cifar_simsiam":
+        second.append(nn.ReLU(inplace=True))
+    if form == "imagenet":
+        second += [nn.Linear(hidden, bottleneck), nn.LayerNorm(bottleneck)]
+        hidden = bottleneck
+    return nn.Sequential(*first, *second, nn.Linear(hidden, num_classes))
