@@ -119,11 +119,13 @@ def would_be_used() -> list[Finding]:
     device, dtype = resolve_device(config)
     make_views = resolve_view_stage(config.data.view_stage, device)
     stage = make_views.__module__.rpartition(".")[2]
-    precision = f"{str(dtype).removeprefix('torch.')}: `{config.train.precision}` on {device.type}"
+    precision = f"{str(dtype).removeprefix('torch.')}: what `{config.train.precision}` takes on {device.type}"
     return [
         _loader(config.data.loader),
-        Finding(subject="view stage", text=f"{stage}: `{config.data.view_stage}` on {device.type}"),
-        Finding(subject="device", text=f"{device.type}: `{config.train.device}`"),
+        Finding(
+            subject="view stage", text=f"{stage}: what `{config.data.view_stage}` takes on {device.type}"
+        ),
+        Finding(subject="device", text=f"{device.type}: what `{config.train.device}` takes here"),
         Finding(subject="precision", text=precision),
         _optimizer(device),
         _threading_layer(),
@@ -157,7 +159,7 @@ def _optimizer(device: torch.device) -> Finding:
 
 
 def _threading_layer() -> Finding:
-    """Numba's threads: the loader's and the trainer's run at once, which the layer `workqueue` aborts on."""
+    """How many threads the trainer has. The layer `workqueue` aborts when a loader runs beside it."""
     wanted = numba.config.THREADING_LAYER
     try:
         num_threads = numba.get_num_threads()  # starts the layer
@@ -166,7 +168,7 @@ def _threading_layer() -> Finding:
         return Finding(subject="threads", text=text, good=False)
     layer = numba.threading_layer()
     safe = layer in ("omp", "tbb")
-    text = f"numba on `{layer}`, {num_threads} threads, {'' if safe else 'not '}thread-safe"
+    text = f"torch {torch.get_num_threads()}, numba {num_threads} on `{layer}`, {'' if safe else 'not '}thread-safe"
     return Finding(subject="threads", text=text, good=safe)
 
 

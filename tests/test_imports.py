@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import tomllib
@@ -80,6 +81,26 @@ def test_the_format_needs_no_accelerator() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert answer.stdout.strip() == ""
+
+
+def test_opening_a_loader_leaves_the_threads_alone(tmp_path: Path) -> None:
+    """FFCV, when imported, sets torch and numba to one thread; a trainer that kept that would crawl."""
+    code = """
+import sys, numba, torch, loaders
+from loaders.errors import DataError
+from loaders.recipe import Recipe
+torch.set_num_threads(2)
+before = numba.get_num_threads(), torch.get_num_threads()
+try:
+    loaders.open_loader("ffcv", sys.argv[1], (Recipe(size=8),), batch_size=2)
+except DataError:  # there is no such file; FFCV is imported by then
+    assert "ffcv" in sys.modules
+    print(before == (numba.get_num_threads(), torch.get_num_threads()))
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "none.beton")]
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "2"}
+    answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "True"
 
 
 def test_every_package_is_installed() -> None:

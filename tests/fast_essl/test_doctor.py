@@ -71,10 +71,10 @@ def test_a_loader_that_does_not_import(
 def test_choices_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = by_subject(would_be_used())
-    assert found["device"].text == "cpu: `auto`"
-    assert found["precision"].text == "float32: `auto` on cpu"
-    assert found["view stage"].text == "cpu: `auto` on cpu"
-    assert found["threads"].text.startswith("numba on `omp`")
+    assert found["device"].text == "cpu: what `auto` takes here"
+    assert found["precision"].text == "float32: what `auto` takes on cpu"
+    assert found["view stage"].text == "cpu: what `auto` takes on cpu"
+    assert found["threads"].text.endswith(" on `omp`, thread-safe")
     assert by_subject(machine())["GPU"].text.startswith(("none", "there is one"))
 
 
