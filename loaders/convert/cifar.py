@@ -74,7 +74,9 @@ def open_cifar10(path: Path, split: str) -> Source:
 def download(url: str, md5: str, folder: Path) -> Path:
     """Fetch the archive into `folder` unless it is there and whole.
 
-    It appears under its name only when its MD5 is right. Returns its path. Errors: DataError if the address cannot be read or what it gives has another MD5.
+    It appears under its name only when its MD5 is right. Returns its path.
+
+    Errors: DataError if the address cannot be read or what it gives has another MD5.
     """
     path = folder / url.rsplit("/", 1)[-1]
     if path.is_file() and _md5(path) == md5:

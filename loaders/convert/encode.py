@@ -2,8 +2,7 @@
 
 - A JPEG that is baseline (or extended sequential) with 8 bits and three components, upright, and within
   `max_side` is stored byte for byte. It is decoded once, to know that it is whole. A progressive JPEG is
-  encoded again: it takes about twice as long to decode (1.6 to 2.3 times on ImageNet photographs), in every
-      epoch.
+  encoded again, for it takes about twice as long to decode (1.6 to 2.3 times on ImageNet photographs).
 - Anything else is brought to 8-bit RGB. Transparency is dropped as torchvision's `ImageFolder` does
   (`convert("RGB")`), 16-bit grey keeps its high byte, the EXIF orientation is applied, and of several frames
   the first is taken. Colour profiles are ignored, as every common training pipeline does.
