@@ -156,7 +156,9 @@ def _fill(
     encoded = map_samples(partial(encode_sample, options=options), source.samples(), num_workers=workers)
     bar = tqdm(total=source.num_samples, desc="convert", unit="images", smoothing=0.05, disable=not progress)
     with closing(encoded), bar:
-        for sample, result in encoded:
+        for num_seen, (sample, result) in enumerate(encoded):
+            if num_seen == source.num_samples:
+                raise DataError(f"{source.description}: grew meanwhile; convert again when it is complete")
             if isinstance(result, Encoded):
                 writer.add(result.mode, result.width, result.height, sample.label, result.payload)
                 counts[sample.label] += 1

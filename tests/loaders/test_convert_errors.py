@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,8 @@ from PIL import Image
 from loaders import beton
 from loaders.convert import convert
 from loaders.convert.pool import map_samples
-from loaders.convert.source import Sample
+from loaders.convert.run import open_source
+from loaders.convert.source import Sample, Source
 from loaders.errors import DataError
 from loaders.manifest import check_opening, manifest_path
 
@@ -109,6 +112,14 @@ def test_folder_without_classes(tmp_path: Path) -> None:
 def test_class_without_files(images: Path, tmp_path: Path) -> None:
     (images / "c").mkdir()
     refused(images, tmp_path / "x.beton", "images/c: this class folder has no files")
+
+
+def test_source_that_grows_meanwhile(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def two_of_three(*arguments: str, **options: Any) -> Source:
+        return replace(open_source(*arguments, **options), num_samples=2)
+
+    monkeypatch.setattr("loaders.convert.run.open_source", two_of_three)
+    refused(images, tmp_path / "x.beton", "images: grew meanwhile; convert again")
 
 
 def test_unknown_source(tmp_path: Path) -> None:
