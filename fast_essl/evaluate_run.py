@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +13,17 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fast_essl import run_folder
+from fast_essl.checkpoint import load_file
 from fast_essl.config import Config, ConfigError
-from fast_essl.evaluate import extract_features, knn_accuracy
+from fast_essl.config_io import load_config
+from fast_essl.evaluate import evaluate_backbone, extract_features, knn_accuracy
+from fast_essl.methods import ESimCLR
+from fast_essl.resnet import build_backbone
 from loaders import open_loader
 from loaders.batch import Crops, Views
+from loaders.errors import DataError
+from loaders.manifest import Manifest
 from loaders.recipe import Recipe
 from loaders.views import resolve_view_stage
 
@@ -32,6 +41,25 @@ def resolve_device(config: Config) -> tuple[torch.device, torch.dtype]:
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def build_method(config: Config) -> ESimCLR:
+    """The backbone with projector and prediction head, initialised from the configuration's seed, on the CPU."""
+    torch.manual_seed(config.train.seed)
+    model = config.model
+    backbone = build_backbone(
+        model.backbone, width=model.width, stem=model.stem, zero_init_residual=model.zero_init_residual
+    )
+    return ESimCLR(
+        backbone,
+        projector_hidden=model.projector_hidden,
+        projector_out=model.projector_out,
+        projector_layers=model.projector_layers,
+        temperature=config.method.temperature,
+        equivariance_weight=config.method.equivariance_weight,
+        head_hidden=model.head_hidden,
+        head_form=model.head_form,
+    )
 
 
 def open_split(
@@ -55,6 +83,19 @@ def open_split(
         )
     except ValueError as error:
         raise ConfigError(f"{path}, opened with data.loader = {config.data.loader!r}: {error}") from None
+
+
+def count_classes(config: Config) -> int:
+    """Number of classes of both splits, from their manifests.
+
+    Errors: `DataError` when the splits differ in their classes, for then the same label means different things.
+    """
+    train, test = (Manifest.load(path).class_names for path in (config.data.train, config.data.test))
+    if train != test:
+        raise DataError(
+            f"{config.data.test}: its classes are not those of {config.data.train}; convert both from one source"
+        )
+    return len(train)
 
 
 def to_device(crops: Crops, device: torch.device) -> Crops:
@@ -87,7 +128,7 @@ class EvaluationSplits:
                 yield make_views(to_device(crops, self._device), self._recipes, rotate_last=False)
 
     def knn_top1(self, backbone: nn.Module) -> float:
-        """The online evaluation."""
+        """Top-1 of plain kNN: the online evaluation."""
         bank, bank_labels = extract_features(backbone, self.batches("train"))
         queries, labels = extract_features(backbone, self.batches("test"))
         return float(knn_accuracy(bank, bank_labels, queries, labels))
@@ -96,3 +137,42 @@ class EvaluationSplits:
         """Close the loaders."""
         for loader in self._loaders.values():
             loader.close()
+
+
+def evaluate_run(
+    run_dir: Path, *, overrides: list[str] | None = None, random_init: bool = False
+) -> dict[str, Any]:
+    """Evaluate a run's backbone as its checkpoint has it: kNN, weighted kNN and linear probe on the test split.
+
+    Args: `overrides` of the run's configuration, for data that moved or another device; with `random_init` the
+    backbone is the one that the run started from.
+    Returns: `step`, `num_train`, `num_test` and `accuracy`, shares in [0, 1] by the names of `evaluate_backbone`;
+    also written to evaluation.json in the run's folder, unless with `random_init`.
+    Errors: `ConfigError` where there is no run, `DataError` for a damaged checkpoint or bad data.
+    """
+    if not (run_dir / run_folder.CONFIG).is_file() or not (run_dir / run_folder.CHECKPOINT).is_file():
+        raise ConfigError(f"{run_dir}: no run with a checkpoint is here; `fast-essl pretrain` makes one")
+    config = load_config(run_dir / run_folder.CONFIG, overrides)
+    device, _ = resolve_device(config)
+    torch.set_num_threads(config.train.num_threads or len(os.sched_getaffinity(0)))
+    num_classes = count_classes(config)
+    method, step = build_method(config), 0
+    if not random_init:
+        state = load_file(run_dir / run_folder.CHECKPOINT)
+        step = state["step"]
+        try:
+            method.load_state_dict(state["method"])
+        except RuntimeError:
+            raise ConfigError(
+                f"{run_dir}: the checkpoint's network is not the configuration's; leave [model] as it is"
+            ) from None
+    backbone = method.backbone.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with contextlib.closing(EvaluationSplits(config, device)) as splits:
+        accuracy = evaluate_backbone(
+            backbone, splits.batches("train"), splits.batches("test"), num_classes=num_classes
+        )
+    num_samples = {name: accuracy.pop(name) for name in ("num_train", "num_test")}
+    result: dict[str, Any] = {"step": step, **num_samples, "accuracy": accuracy}
+    if not random_init:
+        (run_dir / run_folder.EVALUATION).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result

@@ -22,33 +22,19 @@ from tqdm import tqdm
 from fast_essl import run_folder
 from fast_essl.config import Config
 from fast_essl.config_io import config_to_toml
-from fast_essl.evaluate_run import EvaluationSplits, open_split, resolve_device, to_device
-from fast_essl.methods import ESimCLR
+from fast_essl.evaluate_run import (
+    EvaluationSplits,
+    build_method,
+    count_classes,
+    open_split,
+    resolve_device,
+    to_device,
+)
 from fast_essl.optim import build_sgd
-from fast_essl.resnet import build_backbone
 from fast_essl.run import Run, StopSignals, Summary
 from fast_essl.schedule import warmup_cosine
 from loaders.batch import Crops
 from loaders.views import resolve_view_stage
-
-
-def build_method(config: Config) -> ESimCLR:
-    """The backbone with projector and prediction head, initialised from the configuration's seed, on the CPU."""
-    torch.manual_seed(config.train.seed)
-    model = config.model
-    backbone = build_backbone(
-        model.backbone, width=model.width, stem=model.stem, zero_init_residual=model.zero_init_residual
-    )
-    return ESimCLR(
-        backbone,
-        projector_hidden=model.projector_hidden,
-        projector_out=model.projector_out,
-        projector_layers=model.projector_layers,
-        temperature=config.method.temperature,
-        equivariance_weight=config.method.equivariance_weight,
-        head_hidden=model.head_hidden,
-        head_form=model.head_form,
-    )
 
 
 def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Summary:
@@ -63,6 +49,8 @@ def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Su
     device, dtype = resolve_device(config)
     train, recipes = config.train, config.crop_recipes()
     torch.set_num_threads(train.num_threads or len(os.sched_getaffinity(0)))
+    if train.knn_every:
+        count_classes(config)  # the online evaluation would find out only after an epoch
     with contextlib.ExitStack() as stack:
         loader = stack.enter_context(contextlib.closing(open_split(config, "train", recipes, shuffle=True)))
         splits = stack.enter_context(contextlib.closing(EvaluationSplits(config, device)))
@@ -72,7 +60,7 @@ def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Su
         last_step = min(schedule_steps, train.max_steps or schedule_steps)
         peak_learning_rate = config.optimizer.base_learning_rate * train.batch_size / 256
         make_views = resolve_view_stage(config.data.view_stage, device)
-        method = build_method(config).to(device=device, memory_format=torch.channels_last)
+        method = build_method(config).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = build_sgd(
             method,
             learning_rate=peak_learning_rate,

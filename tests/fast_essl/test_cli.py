@@ -55,7 +55,7 @@ def _run(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str
             ["pretrain", "configs/e_simclr_cifar10.toml", "--data.train", "missing.beton"],
             "missing.beton: no such file",
         ),
-        (["evaluate", "missing"], "missing: no run"),
+        (["evaluate", "missing"], "missing: no run with a checkpoint"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(
@@ -100,7 +100,7 @@ def test_from_images_to_accuracies(
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for index in range(20):
-        path = tmp_path / "images" / "ab"[index % 2] / f"{index}.png"
+        path = tmp_path / "images" / f"class{index % 2}" / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
     code, out, err = _run(["convert", "images", "my.beton", "--workers", "1"], capsys)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fast_essl.pretrain as pretrain_module
 from fast_essl import run_folder
@@ -21,6 +22,7 @@ from fast_essl.config_io import load_config
 from fast_essl.evaluate_run import evaluate_run
 from fast_essl.pretrain import pretrain
 from fast_essl.run import NonFiniteLossError
+from loaders.convert import convert
 from loaders.errors import DataError
 
 STEPS_PER_EPOCH = 4
@@ -244,6 +246,17 @@ def test_what_cannot_run_is_refused_before_any_work(
 def test_a_missing_file_is_named(tiny_config: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.beton"):
         pretrain(_config(tiny_config, "--data.train nowhere.beton"), tmp_path, show_progress=False)
+
+
+def test_splits_of_different_classes_are_refused(tiny_config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cats"
+    for name in ("tabby", "tiger"):
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(folder / name / "1.png")
+    convert(str(folder), tmp_path / "cats.beton", workers=1, progress=False)
+    config = _config(tiny_config, f"--data.test {tmp_path / 'cats.beton'}")
+    with pytest.raises(DataError, match=r"cats\.beton: its classes are not those of .*train\.beton"):
+        pretrain(config, tmp_path / "run", show_progress=False)
 
 
 def test_a_run_is_evaluated_from_its_folder(tiny_config: Path, tmp_path: Path) -> None:
