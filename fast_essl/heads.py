@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 from torch import nn
@@ -16,7 +17,7 @@ def projector(num_features: int, *, hidden: int, out: int, num_layers: int = 2) 
     """
     sizes = [num_features] + [hidden] * (num_layers - 1) + [out]
     layers: list[nn.Module] = []
-    for size, next_size in zip(sizes[:-2], sizes[1:-1], strict=True):
+    for size, next_size in pairwise(sizes[:-1]):
         layers += [nn.Linear(size, next_size, bias=False), nn.BatchNorm1d(next_size), nn.ReLU(inplace=True)]
     layers += [nn.Linear(sizes[-2], out, bias=False), nn.BatchNorm1d(out, affine=False)]
     return nn.Sequential(*layers)
