@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns its exit code."""
     parser = _build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command not in ("pretrain", "evaluate"):
+    if rest and arguments.command not in ("pretrain", "evaluate", "demo"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.overrides = rest
     try:
@@ -126,6 +126,19 @@ def _build_parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     doctor.add_argument(
         "files", nargs="*", type=Path, metavar="FILE.beton", help="tell whether it fits in memory"
+    )
+
+    demo = commands.add_parser(
+        "demo",
+        help="see E-SSL work in a few minutes, on data that is built in",
+        description="Convert photo-digits, pretrain SimCLR and E-SimCLR from one seed, compare them, write a report.",
+        epilog="Any configuration field can be overridden for both runs: --train.epochs 2, ...",
+        allow_abbrev=False,
+    )
+    demo.set_defaults(run=_demo)
+    demo.add_argument("--seed", type=int, default=0, metavar="N", help="of both runs (default: 0)")
+    demo.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of runs and report (default: runs/photo-digits)"
     )
     return parser
 
@@ -234,3 +247,15 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from fast_essl.doctor import doctor
 
     return doctor(arguments.files)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from fast_essl.demo import DemoOptions, run_demo
+    from fast_essl.run import NonFiniteLossError
+
+    out = arguments.out or DemoOptions.out
+    try:
+        run_demo(DemoOptions(seed=arguments.seed, out=out, overrides=tuple(arguments.overrides)))
+    except NonFiniteLossError as error:
+        return _fail(str(error), 1)
+    return 0
