@@ -1,0 +1,374 @@
+"""The report: runs as one self-contained HTML page, to be looked at on a desk or a phone, by day or by night."""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import io
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from fast_essl import run_folder
+from fast_essl.charts import Level, Series, line_chart
+from fast_essl.config import Config, ConfigError
+from fast_essl.config_io import load_config
+from fast_essl.report_style import STYLE
+from loaders import open_loader
+from loaders.batch import NUM_ROTATIONS, Views
+from loaders.recipe import Recipe
+from loaders.views.reference import make_views
+
+REPORT = "report.html"
+ACCURACY_NAMES = {
+    "knn_top1": "kNN",
+    "weighted_knn_top1": "weighted kNN",
+    "probe_top1": "linear probe",
+    "weighted_knn_top5": "weighted kNN, top-5",
+    "probe_top5": "linear probe, top-5",
+}
+"""Keys of evaluation.json's `accuracy` and their names for people, in the order of the table's columns."""
+_METHOD_NAMES = {"simclr": "SimCLR"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What a run's folder holds."""
+
+    path: Path
+    label: str
+    """`SimCLR` for λ = 0, `E-SimCLR` otherwise; with the folder's name where two would be called the same."""
+    config: Config
+    config_toml: str
+    environment: dict[str, Any]
+    steps: list[dict[str, Any]]
+    """Lines of metrics.jsonl of type step."""
+    evals: list[dict[str, Any]]
+    """Lines of metrics.jsonl of type eval."""
+    accuracy: dict[str, float]
+    """Shares of 1, by the names of evaluation.json; empty before `fast-essl evaluate`."""
+
+    def curve(self, name: str) -> tuple[list[float], list[float]]:
+        """Steps and values of a metric where it was measured."""
+        lines = [line for line in (*self.steps, *self.evals) if line.get(name) is not None]
+        return [line["step"] for line in lines], [line[name] for line in lines]
+
+    def samples_per_s(self) -> float:
+        """Median over the logged stretches, so that neither compilation nor a busy minute counts."""
+        return statistics.median(line["samples_per_s"] for line in self.steps)
+
+    def data_wait_share(self) -> float:
+        """Median share of time spent waiting for the loader."""
+        return statistics.median(line["data_wait_share"] for line in self.steps)
+
+    def minutes(self) -> float:
+        """Of training, online evaluations included."""
+        return max(line["elapsed_s"] for line in (*self.steps, *self.evals)) / 60
+
+
+def read_runs(run_dirs: Sequence[Path]) -> list[RunRecord]:
+    """Read the folders of runs. Errors: `ConfigError` naming a folder without a run that has logged a step."""
+    labels = []
+    for run_dir in run_dirs:
+        for name in (run_folder.CONFIG, run_folder.METRICS):
+            if not (run_dir / name).exists():
+                raise ConfigError(f"{run_dir}: holds no run ({name} is missing); give the folder of a run")
+        method = load_config(run_dir / run_folder.CONFIG).method
+        name = _METHOD_NAMES.get(method.name, method.name)
+        labels.append(f"E-{name}" if method.equivariance_weight > 0 else name)
+    runs = []
+    for run_dir, label in zip(run_dirs, labels, strict=True):
+        lines = [json.loads(line) for line in (run_dir / run_folder.METRICS).read_text("utf-8").splitlines()]
+        steps = [line for line in lines if line["type"] == "step"]
+        if not steps:
+            raise ConfigError(f"{run_dir}: has logged no step yet; train it first with `fast-essl pretrain`")
+        evaluation = _read_json(run_dir / run_folder.EVALUATION)
+        runs.append(
+            RunRecord(
+                path=run_dir,
+                label=label if labels.count(label) == 1 else f"{label} ({run_dir.name})",
+                config=load_config(run_dir / run_folder.CONFIG),
+                config_toml=(run_dir / run_folder.CONFIG).read_text("utf-8"),
+                environment=_read_json(run_dir / run_folder.ENVIRONMENT),
+                steps=steps,
+                evals=[line for line in lines if line["type"] == "eval"],
+                accuracy=evaluation.get("accuracy", {}),
+            )
+        )
+    return runs
+
+
+def write_report(
+    run_dirs: Path | Sequence[Path],
+    destination: Path | None = None,
+    *,
+    random_accuracy: Mapping[str, float] | None = None,
+    num_samples: int = 6,
+) -> Path:
+    """Write one or several runs as one HTML file that needs nothing beside it, and return its path.
+
+    Args: `destination` defaults to report.html in the (first) run's folder; `random_accuracy` is that of the backbone
+    before training; `num_samples` images are shown with their views.
+    Errors: `ConfigError` for a folder without a run; `DataError` for a dataset that is there and damaged.
+    """
+    folders = [run_dirs] if isinstance(run_dirs, Path) else list(run_dirs)
+    runs = read_runs(folders)
+    page = render(runs, random_accuracy=dict(random_accuracy or {}), num_samples=num_samples)
+    destination = destination or folders[0] / REPORT
+    temporary = destination.with_name(f".{destination.name}.part")
+    temporary.write_text(page, encoding="utf-8")
+    return temporary.replace(destination)
+
+
+def render(runs: Sequence[RunRecord], *, random_accuracy: dict[str, float], num_samples: int) -> str:
+    """The page as text."""
+    title = f"{' and '.join(run.label for run in runs)} on {_dataset(runs[0].config)}"
+    sections = [
+        _headline(runs, random_accuracy),
+        _accuracy_section(runs, random_accuracy),
+        _curves_section(runs, random_accuracy),
+        _views_section(max(runs, key=lambda run: len(run.config.crop_recipes())), num_samples),
+        _speed_section(runs),
+        _config_section(runs),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n"
+        f"<body><main>{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def _headline(runs: Sequence[RunRecord], random_accuracy: dict[str, float]) -> str:
+    config, best = runs[0].config, max(runs, key=lambda run: run.accuracy.get("knn_top1", 0.0))
+    knn = best.accuracy.get("knn_top1")
+    data = _dataset(config)
+    if knn is None:
+        first, last = best.steps[0], best.steps[-1]
+        text = f"{best.label} on {data}, {last['step']:,} steps"
+        detail = f"The loss went from {first['loss']:.3f} to {last['loss']:.3f}; not evaluated yet."
+    else:
+        text = (
+            f"{best.label} finds the class of {knn:.1%} of {data}’s test images without having seen a label"
+        )
+        others = [(run.label, run.accuracy["knn_top1"]) for run in runs if run is not best and run.accuracy]
+        others += [("the random backbone", random_accuracy["knn_top1"])] if random_accuracy else []
+        points = [f"{100 * (knn - other):+.1f} points to {name} ({other:.1%})" for name, other in others]
+        detail = f"kNN on frozen features: {', '.join(points)}." if points else "kNN on frozen features."
+    model = config.model
+    facts = (
+        f"{model.backbone} of width {model.width} · {config.train.epochs} epochs · batch "
+        f"{config.train.batch_size} · seed {config.train.seed} · {runs[0].environment.get('date', '')[:10]}"
+    )
+    return (
+        f'<header><p class="eyebrow">fast_essl · {escape(data)}</p><h1>{escape(text)}</h1>'
+        f'<p class="lead">{escape(detail)}</p><p class="facts">{escape(facts)}</p></header>'
+    )
+
+
+def _accuracy_section(runs: Sequence[RunRecord], random_accuracy: dict[str, float]) -> str:
+    rows = [("Random backbone", "random", random_accuracy)] if random_accuracy else []
+    rows += [(run.label, f"run{color}", run.accuracy) for color, run in enumerate(runs)]
+    found = {name for _, _, accuracy in rows for name in accuracy}
+    names = [name for name in (*ACCURACY_NAMES, *sorted(found - set(ACCURACY_NAMES))) if name in found]
+    if not names:
+        return ""
+    head = "".join(f"<th>{escape(ACCURACY_NAMES.get(name, name))}</th>" for name in names)
+    body = ""
+    for label, css, accuracy in rows:
+        cells = ""
+        for name in names:
+            value = accuracy.get(name)
+            best = value is not None and value == max(row[2].get(name, 0.0) for row in rows)
+            cells += (
+                "<td>–</td>"
+                if value is None
+                else (
+                    f'<td><span class="{"value best" if best else "value"}">{value:.1%}</span>'
+                    f'<span class="bar {css}" style="width:{100 * value:.1f}%"></span></td>'
+                )
+            )
+        body += f'<tr><th><span class="key {css}"></span>{escape(label)}</th>{cells}</tr>'
+    return _section(
+        "What the features know",
+        _table(head, body, "accuracy"),
+        "Share of test images classified rightly from frozen features; the bank and the probe use the train split. "
+        "Bars run from 0 to 100%.",
+    )
+
+
+def _curves_section(runs: Sequence[RunRecord], random_accuracy: dict[str, float]) -> str:
+    random_knn = random_accuracy.get("knn_top1")
+    charts = [
+        _chart(runs, "Online kNN", "knn_top1", "{:.0%}", level=("random backbone", random_knn), dots=True),
+        _chart(
+            runs,
+            "Equivariance accuracy",
+            "equivariance_accuracy",
+            "{:.0%}",
+            level=("chance", 1 / NUM_ROTATIONS),
+        ),
+        _chart(runs, "SSL loss", "ssl_loss", "{:.2f}"),
+        _chart(runs, "Equivariance loss", "equivariance_loss", "{:.2f}"),
+    ]
+    return _section("How it learned", f'<div class="charts">{"".join(charts)}</div>')
+
+
+def _chart(
+    runs: Sequence[RunRecord],
+    title: str,
+    name: str,
+    form: str,
+    *,
+    level: tuple[str, float | None] = ("", None),
+    dots: bool = False,
+) -> str:
+    curves = [(color, run.label, *run.curve(name)) for color, run in enumerate(runs)]
+    series = [Series(label=label, color=color, x=x, y=y) for color, label, x, y in curves if x]
+    if not series:
+        return ""
+    line = None if level[1] is None else Level(label=level[0], y=level[1])
+    svg = line_chart(series, x_label="step", y_format=form.format, level=line, dots=dots)
+    return f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>"
+
+
+def _views_section(run: RunRecord, num_samples: int) -> str:
+    title = "What the backbone saw"
+    data = run.config.data.train
+    if not data.exists():
+        return _section(title, f"<p>{escape(str(data))} is not on this machine, so no views are shown.</p>")
+    rows = ""
+    grid = sample_views(run.config, num_samples)
+    for name, *images in grid:
+        tiles = "".join(f'<td><img alt="" src="{_png(image)}"></td>' for image in images)
+        rows += f"<tr><th>{escape(name)}</th>{tiles}</tr>"
+    names = ["image", "view 1", "view 2"]
+    if len(grid[0]) > len(names) + 1:
+        names += [f"{90 * k}°" for k in range(NUM_ROTATIONS)]
+    head = "".join(f"<th>{name}</th>" for name in names)
+    note = "The first images of the first step as this run saw them, with their class. SSL pulls the two views together"
+    note += (
+        "; the prediction head tells the four rotations of the third crop apart." if len(names) > 3 else "."
+    )
+    return _section(title, _table(head, rows, "views"), note)
+
+
+def sample_views(config: Config, num_samples: int) -> list[tuple[Any, ...]]:
+    """The first images of a run's first step, as they were and as its views.
+
+    Returns: for each, the class's name, then (S, S, 3) uint8: the evaluation image, both views and, where the run has
+    an equivariance loss, the third crop's rotations by 0, 90, 180 and 270 degrees counter-clockwise.
+    """
+    recipes, evaluation = config.crop_recipes(), config.views.evaluation()
+    views, class_names = _first_batch(config, recipes, num_samples, rotate_last=len(recipes) == 3)
+    originals, _ = _first_batch(config, (evaluation,), num_samples, rotate_last=False)
+    columns = [_pixels(originals.views[0], evaluation)]
+    columns += [_pixels(view, recipe) for view, recipe in zip(views.views, recipes, strict=False)]
+    if views.transformed is not None:
+        copies = _pixels(views.transformed, recipes[-1])
+        columns += np.split(copies, NUM_ROTATIONS)
+    names = [class_names[label] for label in views.labels.tolist()]
+    return list(zip(names, *columns, strict=True))
+
+
+def _first_batch(
+    config: Config, recipes: tuple[Recipe, ...], num_samples: int, *, rotate_last: bool
+) -> tuple[Views, Sequence[str]]:
+    # A sample's views do not depend on the loader or the batch it falls in: a small one shows what the run saw.
+    loader = open_loader(
+        "torch", config.data.train, recipes, batch_size=num_samples, seed=config.train.seed, num_workers=1
+    )
+    batches = loader.epoch(0)
+    try:
+        return make_views(next(batches), recipes, rotate_last=rotate_last), loader.manifest.class_names
+    finally:
+        batches.close()
+        loader.close()
+
+
+def _pixels(images: torch.Tensor, recipe: Recipe) -> npt.NDArray[np.uint8]:
+    """Normalised (N, 3, S, S) back to (N, S, S, 3) uint8."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (recipe.mean, recipe.std))
+    levels = ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def _png(image: npt.NDArray[np.uint8]) -> str:
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, format="PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+def _speed_section(runs: Sequence[RunRecord]) -> str:
+    columns: dict[str, Callable[[RunRecord], str]] = {
+        "samples/s": lambda run: f"{run.samples_per_s():,.0f}",
+        "images/s": lambda run: f"{run.samples_per_s() * images_a_sample(run.config):,.0f}",
+        "data wait": lambda run: f"{run.data_wait_share():.1%}",
+        "minutes": lambda run: f"{run.minutes():.1f}",
+    }
+    head = "".join(f"<th>{name}</th>" for name in columns)
+    body = ""
+    for color, run in enumerate(runs):
+        cells = "".join(f"<td>{value(run)}</td>" for value in columns.values())
+        body += f'<tr><th><span class="key run{color}"></span>{escape(run.label)}</th>{cells}</tr>'
+    machine = runs[0].environment
+    where = " · ".join(
+        map(str, (machine.get("cpu", ""), f"{machine.get('num_cores', '?')} cores", *machine.get("gpus", [])))
+    )
+    return _section(
+        "How fast",
+        _table(head, body),
+        "A sample is one source image with all its views; images/s counts every image that the backbone sees. "
+        f"Data wait is the share of time that training stood still for the loader. {where}.",
+    )
+
+
+def images_a_sample(config: Config) -> int:
+    """How many images the backbone sees of one sample: two views and, with an equivariance loss, |G| copies."""
+    return 2 + (NUM_ROTATIONS if config.method.equivariance_weight > 0 else 0)
+
+
+def _config_section(runs: Sequence[RunRecord]) -> str:
+    parts = []
+    if len(runs) > 1:
+        before, after = (run.config_toml.splitlines() for run in runs[:2])
+        lines = difflib.unified_diff(before, after, n=0, lineterm="")
+        changed = "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@")))
+        parts.append(
+            f"<p>All that differs between {escape(runs[0].label)} (−) and {escape(runs[1].label)} (+):</p>"
+            f"<pre>{escape(changed or 'nothing')}</pre>"
+        )
+    for run in runs:
+        environment = json.dumps(run.environment, indent=2, ensure_ascii=False)
+        for name, text in (("configuration", run.config_toml), ("environment", environment)):
+            parts.append(
+                f"<details><summary>{escape(run.label)}: {name}</summary><pre>{escape(text)}</pre></details>"
+            )
+    return _section("How it was set up", "".join(parts))
+
+
+def _section(title: str, content: str, note: str = "") -> str:
+    below = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f"<section><h2>{escape(title)}</h2>{content}{below}</section>"
+
+
+def _table(head: str, body: str, css: str = "plain") -> str:
+    rows = f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="scroll"><table class="{css}">{rows}</table></div>'
+
+
+def _dataset(config: Config) -> str:
+    return config.data.train.stem.removesuffix("-train")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
