@@ -1,7 +1,7 @@
 """The view stage on the CPU: numba, a sample a thread; the specification is in `loaders.views.reference`.
 
-A sample is worked on as three float32 planes, so that every loop runs over contiguous memory and becomes vector code. The
-planes of a 224² view are 600 kB: they stay in a core's second-level cache from the first pass to the last.
+A sample is worked on as three float32 planes, so that every loop runs over contiguous memory and becomes vector code.
+The planes of a 224² view are 600 kB: they stay in a core's second-level cache from the first pass to the last.
 """
 
 from __future__ import annotations
@@ -73,8 +73,9 @@ def _augment_all(  # type: ignore[no-untyped-def]
 ):
     num_images, size = images.shape[0], images.shape[1]
     for n in numba.prange(num_images):
-        planes = np.empty((3, size * size), np.float32)
-        _load(images, n, flip[n] == 1, planes)
+        image = np.empty((3, size, size), np.float32)
+        planes = image.reshape((3, size * size))
+        _load(images, n, flip[n] == 1, image)
         for step in range(4):
             op = jitter_order[n, step]
             strength = jitter[n, op]
@@ -89,30 +90,23 @@ def _augment_all(  # type: ignore[no-untyped-def]
         if grey[n] == 1:
             _saturation(planes, _ZERO)
         if blur_sigma[n] > 0:
-            _blur(planes, size, blur_sigma[n])
+            _blur(image, blur_sigma[n])
         if solarize[n] == 1:
             _solarize(planes)
-        _store(planes, size, mean, inverse_std, out, n)
+        _store(image, mean, inverse_std, out, n)
         if num_copies == 4:
             _rotate(out, n, num_images, size)
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=_FAST)
-def _load(images, n, flip, planes):  # type: ignore[no-untyped-def]
-    size = images.shape[1]
-    red, green, blue = planes[0], planes[1], planes[2]
+def _load(images, n, flip, image):  # type: ignore[no-untyped-def]
+    size = image.shape[1]
     for y in range(size):
-        start = y * size
-        if flip:
+        for channel in range(3):
             for x in range(size):
-                red[start + x] = np.float32(images[n, y, size - 1 - x, 0]) * _FROM_LEVEL
-                green[start + x] = np.float32(images[n, y, size - 1 - x, 1]) * _FROM_LEVEL
-                blue[start + x] = np.float32(images[n, y, size - 1 - x, 2]) * _FROM_LEVEL
-        else:
-            for x in range(size):
-                red[start + x] = np.float32(images[n, y, x, 0]) * _FROM_LEVEL
-                green[start + x] = np.float32(images[n, y, x, 1]) * _FROM_LEVEL
-                blue[start + x] = np.float32(images[n, y, x, 2]) * _FROM_LEVEL
+                image[channel, y, x] = (
+                    np.float32(images[n, y, size - 1 - x if flip else x, channel]) * _FROM_LEVEL
+                )
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=_FAST)
@@ -185,40 +179,51 @@ def _turned(value, chroma, k):  # type: ignore[no-untyped-def]
     return _clamp(value - chroma * _clamp(min(k, _FOUR - k)))
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=_FAST)
-def _blur(planes, size, sigma):  # type: ignore[no-untyped-def]
-    radius = min(int(math.ceil(3.0 * sigma)), size - 1)
-    weights = np.empty(radius + 1, np.float32)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _blur_weights(sigma, radius):  # type: ignore[no-untyped-def]
+    """2 · radius + 1 weights that sum to 1, and zeros up to a multiple of four."""
+    num_taps = 2 * radius + 1
+    weights = np.zeros((num_taps + 3) // 4 * 4, np.float32)
     total = 0.0
-    for k in range(radius + 1):
-        weight = math.exp(-0.5 * (k / sigma) ** 2)
-        weights[k] = weight
-        total += weight if k == 0 else 2 * weight
-    for k in range(radius + 1):
-        weights[k] /= np.float32(total)
-    row = np.empty(size + 2 * radius, np.float32)
-    rows = np.empty((size, size), np.float32)
+    for tap in range(num_taps):
+        weights[tap] = math.exp(-0.5 * ((tap - radius) / sigma) ** 2)
+        total += weights[tap]
+    return weights / np.float32(total)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=_FAST)
+def _blur(image, sigma):  # type: ignore[no-untyped-def]
+    """Blur the (3, S, S) planes; both passes add four taps a sweep, from buffers with reflected borders."""
+    size = image.shape[1]
+    radius = min(int(math.ceil(3.0 * sigma)), size - 1)
+    weights = _blur_weights(sigma, radius)
+    row = np.zeros(size + len(weights), np.float32)
+    rows = np.zeros((size + len(weights), size), np.float32)
+    last = radius + size - 1
     for channel in range(3):
-        plane = planes[channel].reshape((size, size))
         for y in range(size):
-            for x in range(size):
-                row[radius + x] = plane[y, x]
-            for x in range(1, radius + 1):  # reflected, the edge itself not repeated
-                row[radius - x] = plane[y, x]
-                row[radius + size - 1 + x] = plane[y, size - 1 - x]
-            for x in range(size):
-                rows[y, x] = weights[0] * row[radius + x]
-            for k in range(1, radius + 1):
+            row[radius : radius + size] = image[channel, y]
+            for k in range(1, radius + 1):  # reflected, the edge itself not repeated
+                row[radius - k] = row[radius + k]
+                row[last + k] = row[last - k]
+            for tap in range(0, len(weights), 4):
+                wa, wb, wc, wd = weights[tap], weights[tap + 1], weights[tap + 2], weights[tap + 3]
+                # A slice, since an index that numba cannot see to be positive keeps the loop from becoming vector code.
+                near = row[tap : tap + size + 3]
                 for x in range(size):
-                    rows[y, x] += weights[k] * (row[radius + x - k] + row[radius + x + k])
+                    rest = wa * near[x] + wb * near[x + 1] + wc * near[x + 2] + wd * near[x + 3]
+                    rows[radius + y, x] = rest if tap == 0 else rows[radius + y, x] + rest
+        for k in range(1, radius + 1):
+            for x in range(size):
+                rows[radius - k, x] = rows[radius + k, x]
+                rows[last + k, x] = rows[last - k, x]
         for y in range(size):
-            for x in range(size):
-                plane[y, x] = weights[0] * rows[y, x]
-            for k in range(1, radius + 1):
-                above = abs(y - k)
-                below = y + k if y + k < size else 2 * (size - 1) - (y + k)
+            for tap in range(0, len(weights), 4):
+                a = y + tap
+                wa, wb, wc, wd = weights[tap], weights[tap + 1], weights[tap + 2], weights[tap + 3]
                 for x in range(size):
-                    plane[y, x] += weights[k] * (rows[above, x] + rows[below, x])
+                    rest = wa * rows[a, x] + wb * rows[a + 1, x] + wc * rows[a + 2, x] + wd * rows[a + 3, x]
+                    image[channel, y, x] = rest if tap == 0 else image[channel, y, x] + rest
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=_FAST)
@@ -230,14 +235,12 @@ def _solarize(planes):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=_FAST)
-def _store(planes, size, mean, inverse_std, out, n):  # type: ignore[no-untyped-def]
-    red, green, blue = planes[0], planes[1], planes[2]
+def _store(image, mean, inverse_std, out, n):  # type: ignore[no-untyped-def]
+    size = image.shape[1]
     for y in range(size):
-        start = y * size
         for x in range(size):
-            out[n, y, x, 0] = (red[start + x] - mean[0]) * inverse_std[0]
-            out[n, y, x, 1] = (green[start + x] - mean[1]) * inverse_std[1]
-            out[n, y, x, 2] = (blue[start + x] - mean[2]) * inverse_std[2]
+            for channel in range(3):
+                out[n, y, x, channel] = (image[channel, y, x] - mean[channel]) * inverse_std[channel]
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=_FAST)

@@ -1,0 +1,233 @@
+"""The view stage: the reference against obvious formulas, numba's against the reference."""
+
+from __future__ import annotations
+
+import colorsys
+from dataclasses import fields, replace
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED, photograph
+from PIL import Image, ImageOps
+
+from loaders.batch import Crops
+from loaders.errors import DataError
+from loaders.parameters import ViewParameters, draw_parameters
+from loaders.recipe import Recipe
+from loaders.views import cpu, reference, resolve_view_stage
+
+NOTHING = Recipe.evaluation(20)
+IDENTITY = {
+    "jitter": (1, 1, 1, 0),
+    "jitter_order": (0, 1, 2, 3),
+    "blur_sigma": 0.0,
+    "flip": 0,
+    "grey": 0,
+    "solarize": 0,
+}
+
+
+def photographs(count, size):
+    return torch.stack([torch.from_numpy(np.array(photograph(seed, size, size))) for seed in range(count)])
+
+
+def table(count, **columns):
+    """A parameter table of one view in which every sample has the same values."""
+    values = {"box": (0, 0, 1, 1), **IDENTITY, **columns}
+    types = {"box": np.int32, "jitter": np.float32, "blur_sigma": np.float32}
+    return ViewParameters(
+        **{
+            field.name: np.array([[values[field.name]]] * count, dtype=types.get(field.name, np.uint8))
+            for field in fields(ViewParameters)
+        }
+    )
+
+
+def crops(images, parameters):
+    count = len(images[0])
+    return Crops(
+        images=tuple(images), labels=torch.arange(count), indices=torch.arange(count), parameters=parameters
+    )
+
+
+def pixels(module, images, **columns):
+    """One view, before normalisation, as (N, S, S, 3) in [0, 255]."""
+    recipe = replace(NOTHING, size=images.shape[1])
+    views = module.make_views(crops([images], table(len(images), **columns)), (recipe,), rotate_last=False)
+    return unnormalise(views.views[0], recipe).permute(0, 2, 3, 1) * 255
+
+
+def unnormalise(view, recipe):
+    return view * torch.tensor(recipe.std).view(3, 1, 1) + torch.tensor(recipe.mean).view(3, 1, 1)
+
+
+@pytest.mark.parametrize("module", [reference, cpu])
+def test_identity_parameters_leave_the_pixels(module):
+    images = photographs(3, 20)
+    assert (pixels(module, images) - images).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("module", [reference, cpu])
+def test_flip_grey_and_solarize_equal_pillow(module):
+    images = photographs(4, 21)
+    pillow = [Image.fromarray(image.numpy()) for image in images]
+
+    def stacked(function):
+        return torch.stack([torch.from_numpy(np.array(function(image).convert("RGB"))) for image in pillow])
+
+    assert (pixels(module, images, flip=1) - stacked(ImageOps.mirror)).abs().max() < 1e-3
+    assert (pixels(module, images, solarize=1) - stacked(ImageOps.solarize)).abs().max() < 1e-3
+    # Pillow rounds grey to whole levels.
+    assert (pixels(module, images, grey=1) - stacked(lambda image: image.convert("L"))).abs().max() <= 0.6
+
+
+@pytest.mark.parametrize("module", [reference, cpu])
+@pytest.mark.parametrize("factor", [0.0, 0.6, 1.4])
+def test_brightness_contrast_and_saturation_are_their_formulas(module, factor):
+    images = photographs(2, 16)
+    x = images.numpy().astype(np.float64) / 255
+    grey = x @ np.array([0.2989, 0.587, 0.114])
+    expected = {
+        0: x * factor,
+        1: x * factor + grey.mean(axis=(1, 2))[:, None, None, None] * (1 - factor),
+        2: x * factor + grey[..., None] * (1 - factor),
+    }
+    for op, values in expected.items():
+        jitter = [1.0, 1.0, 1.0, 0.0]
+        jitter[op] = factor
+        difference = pixels(module, images, jitter=jitter).numpy() - values.clip(0, 1) * 255
+        assert np.abs(difference).max() < 2e-3, op
+
+
+@pytest.mark.parametrize("module", [reference, cpu])
+@pytest.mark.parametrize("shift", [-0.5, -0.1, 0.03, 0.5])
+def test_hue_turns_each_pixel_as_colorsys(module, shift):
+    random = np.random.default_rng(1)
+    images = torch.from_numpy(random.integers(0, 256, (2, 12, 12, 3), dtype=np.uint8))
+    images[0, 0, :6] = torch.tensor(
+        [[0, 0, 0], [255, 255, 255], [9, 9, 9], [255, 0, 0], [0, 255, 255], [7, 7, 200]]
+    )
+    result = pixels(module, images, jitter=(1, 1, 1, shift)).reshape(-1, 3).tolist()
+    for before, after in zip(images.reshape(-1, 3).tolist(), result, strict=True):
+        hue, saturation, value = colorsys.rgb_to_hsv(*(level / 255 for level in before))
+        expected = colorsys.hsv_to_rgb((hue + shift) % 1, saturation, value)
+        assert after == pytest.approx([255 * level for level in expected], abs=0.01)
+
+
+@pytest.mark.parametrize("module", [reference, cpu])
+@pytest.mark.parametrize(("size", "sigma"), [(16, 0.1), (16, 0.7), (33, 2.0), (5, 2.0), (2, 1.0)])
+def test_blur_is_a_gaussian_sum(module, size, sigma):
+    """Pixel by pixel, with the weights of the definition and borders that reflect."""
+    image = photographs(1, size)
+    radius = min(int(np.ceil(3 * sigma)), size - 1)
+    offsets = np.arange(-radius, radius + 1)
+    weights = np.exp(-(offsets**2) / (2 * sigma**2))
+    weights /= weights.sum()
+    source = image[0].numpy().astype(np.float64)
+
+    def reflected(position):
+        position = abs(position)
+        return position if position < size else 2 * (size - 1) - position
+
+    expected = np.zeros_like(source)
+    for y in range(size):
+        for x in range(size):
+            for dy, wy in zip(offsets, weights, strict=True):
+                for dx, wx in zip(offsets, weights, strict=True):
+                    expected[y, x] += wy * wx * source[reflected(y + dy), reflected(x + dx)]
+    assert np.abs(pixels(module, image, blur_sigma=sigma)[0].numpy() - expected).max() < 0.01
+
+
+@pytest.mark.parametrize("module", [reference, cpu])
+def test_the_order_of_the_jitter_is_each_sample_s_own(module):
+    """All 24 orders in one batch; each equals the four operations applied one after the other in that order."""
+    orders = list(permutations(range(4)))
+    images = photographs(1, 14).expand(24, -1, -1, -1).contiguous()
+    jitter = (1.4, 0.6, 1.4, 0.1)
+    parameters = replace(table(24, jitter=jitter), jitter_order=np.array(orders, np.uint8)[:, None])
+    recipe = replace(NOTHING, size=14)
+    view = module.make_views(crops([images], parameters), (recipe,), rotate_last=False).views[0]
+    result = unnormalise(view, recipe)
+    operations = [
+        reference.adjust_brightness,
+        reference.adjust_contrast,
+        reference.adjust_saturation,
+        reference.adjust_hue,
+    ]
+    for n, order in enumerate(orders):
+        x = images[:1].permute(0, 3, 1, 2) / 255
+        for op in order:
+            x = operations[op](x, torch.tensor(jitter[op]).view(1, 1, 1, 1))
+        assert (result[n] - x[0]).abs().max() < 1e-4, order
+    assert len({tuple(result[n].flatten()[:50].tolist()) for n in range(24)}) > 6
+
+
+@pytest.mark.parametrize("size", [1, 16, 31, 96])
+def test_numba_equals_the_reference_within_a_level(size):
+    recipe = Recipe(size=size, blur_p=0.5, solarize_p=0.3, hue=0.5, brightness=0.8, flip_p=0.5)
+    recipes = (recipe, replace(recipe, jitter_p=1.0), recipe)
+    count = 40
+    parameters = draw_parameters(
+        recipes,
+        seed=3,
+        epoch=0,
+        indices=np.arange(count),
+        heights=np.full(count, 50),
+        widths=np.full(count, 50),
+    )
+    batch = crops([photographs(count, size) for _ in recipes], parameters)
+    ours = cpu.make_views(batch, recipes, rotate_last=True)
+    expected = reference.make_views(batch, recipes, rotate_last=True)
+    for view, other in zip(
+        (*ours.views, ours.transformed), (*expected.views, expected.transformed), strict=True
+    ):
+        assert view.shape == other.shape and view.is_contiguous(memory_format=torch.channels_last)
+        assert ((unnormalise(view, recipe) - unnormalise(other, recipe)).abs() * 255).max() <= 1
+    assert torch.equal(ours.transformed_labels, expected.transformed_labels)
+
+
+@pytest.mark.parametrize("module", [reference, cpu])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_views_have_the_promised_form(module, dtype):
+    recipes = (NOTHING, NOTHING, replace(NOTHING, size=10))
+    batch = crops(
+        [photographs(3, r.size) for r in recipes],
+        draw_parameters(
+            recipes, seed=0, epoch=0, indices=np.arange(3), heights=np.full(3, 9), widths=np.full(3, 9)
+        ),
+    )
+    views = module.make_views(batch, recipes, rotate_last=True, dtype=dtype)
+    assert [tuple(view.shape) for view in views.views] == [(3, 3, 20, 20)] * 2
+    assert tuple(views.transformed.shape) == (12, 3, 10, 10)
+    for view in (*views.views, views.transformed):
+        assert view.dtype == dtype and view.is_contiguous(memory_format=torch.channels_last)
+    assert views.transformed_labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    assert torch.equal(views.labels, batch.labels) and torch.equal(views.indices, batch.indices)
+    for k in range(4):
+        expected = torch.rot90(views.transformed[:3], k, (2, 3))
+        assert torch.equal(views.transformed[3 * k : 3 * k + 3], expected)
+    plain = module.make_views(batch, recipes, rotate_last=False, dtype=dtype)
+    assert len(plain.views) == 3 and plain.transformed is None and plain.transformed_labels is None
+    assert torch.equal(plain.views[2], views.transformed[:3])
+
+
+def test_rotations_are_the_official_ones():
+    path = SHARED / "parity" / "rotate_images.npz"
+    if not path.exists():
+        pytest.skip("needs ../shared/parity")
+    official = np.load(path)
+    copies, labels = reference.rotate_four(torch.from_numpy(official["images"]))
+    assert np.array_equal(copies.numpy(), official["rotated"])
+    assert np.array_equal(labels.numpy(), official["labels"])
+
+
+def test_the_stage_is_chosen_by_device():
+    assert resolve_view_stage("auto", torch.device("cpu")) is cpu.make_views
+    assert resolve_view_stage("auto", torch.device("cuda")) is reference.make_views
+    assert resolve_view_stage("reference", torch.device("cpu")) is reference.make_views
+    with pytest.raises(DataError, match="'cpu' does not run on cuda"):
+        resolve_view_stage("cpu", torch.device("cuda"))
+    with pytest.raises(DataError, match="'gpu' is unknown"):
+        resolve_view_stage("gpu", torch.device("cpu"))
