@@ -6,8 +6,8 @@ import io
 
 import numpy as np
 import pytest
-from conftest import photograph
 from PIL import Image
+from support import photograph
 
 from loaders.cut import decode_jpeg, resize_crop
 

@@ -9,8 +9,8 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, photograph
 from PIL import Image, ImageOps
+from support import SHARED, photograph
 
 from loaders.batch import Crops
 from loaders.errors import DataError
