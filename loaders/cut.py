@@ -18,7 +18,6 @@ All of this stands in one file because numba's cache on disk looks at no other f
 
 from __future__ import annotations
 
-import ctypes.util
 import math
 
 import llvmlite.binding
@@ -27,6 +26,7 @@ import numpy as np
 from numba import types
 
 from loaders.errors import DataError
+from loaders.jpeg import LIBRARY
 
 # turbojpeg.h: TJPF_RGB and TJFLAG_ACCURATEDCT.
 _PIXEL_FORMAT_RGB = 0
@@ -40,7 +40,7 @@ NUM_TAPS_A_SWEEP = 4
 _FAST = {"contract", "reassoc", "arcp", "nsz"}
 
 try:
-    llvmlite.binding.load_library_permanently(ctypes.util.find_library("turbojpeg") or "libturbojpeg.so.0")
+    llvmlite.binding.load_library_permanently(LIBRARY)
 except RuntimeError as error:
     raise DataError(f"libturbojpeg is missing ({error}); on Debian: apt install libturbojpeg0") from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import io
 import threading
 from dataclasses import dataclass
@@ -12,10 +11,13 @@ from typing import Final
 
 from PIL import Image
 
-# TurboJPEG 2.x, turbojpeg.h: TJPF_RGB, TJPF_CMYK, TJFLAG_FASTDCT (as FFCV decodes).
+LIBRARY: Final = "libturbojpeg.so.0"
+"""TurboJPEG 2.x or 3.x under its Linux name; FFCV links it, so it is here wherever FFCV runs."""
+
+# turbojpeg.h: TJPF_RGB, TJPF_CMYK, TJFLAG_ACCURATEDCT (as the loader decodes).
 _RGB: Final = (0, 3)
 _CMYK: Final = (11, 4)
-_FAST_DCT: Final = 2048
+_ACCURATE_DCT: Final = 4096
 # The warnings that mean lost pixels. Others (an unknown Adobe marker, a wrong header version) leave the
 # pixels whole.
 _DAMAGE: Final = ("Corrupt JPEG data", "Premature end of JPEG file")
@@ -63,8 +65,8 @@ def check_jpeg(data: bytes, frame: JPEGFrame) -> tuple[str, str]:
 
     Damage means that pixels are lost. A remark is a warning that leaves the pixels whole, yet gives the same
     failing return code, so that FFCV cannot tell it from damage: such a stream must be encoded again.
-    FFCV links the same library, so it is here wherever FFCV runs. Without it Pillow decodes, which finds a
-    stream that ends too early and does not report damaged bytes within.
+    Without the library Pillow decodes, which finds a stream that ends too early and does not report damaged bytes
+    within; the manifest says which of the two it was.
     """
     library = _library()
     if library is None:
@@ -78,7 +80,7 @@ def check_jpeg(data: bytes, frame: JPEGFrame) -> tuple[str, str]:
     pixel_format, num_channels = _CMYK if frame.num_components == 4 else _RGB
     pixels = ctypes.create_string_buffer(frame.width * frame.height * num_channels)
     status = library.tjDecompress2(
-        _thread.handle, data, len(data), pixels, frame.width, 0, frame.height, pixel_format, _FAST_DCT
+        _thread.handle, data, len(data), pixels, frame.width, 0, frame.height, pixel_format, _ACCURATE_DCT
     )
     if status == 0:
         return "", ""
@@ -93,20 +95,16 @@ _thread = threading.local()  # a decompressor serves one thread
 @cache
 def _library() -> ctypes.CDLL | None:
     """libturbojpeg with the signatures of the functions used here, or None where it is not installed."""
-    for name in ("libturbojpeg.so.0", ctypes.util.find_library("turbojpeg")):
-        if name is None:
-            continue
-        try:
-            library = ctypes.CDLL(name)
-        except OSError:
-            continue
-        handle, number = ctypes.c_void_p, ctypes.c_int
-        library.tjInitDecompress.restype = handle
-        library.tjGetErrorCode.argtypes = [handle]
-        library.tjGetErrorStr2.argtypes = [handle]
-        library.tjGetErrorStr2.restype = ctypes.c_char_p
-        library.tjDecompress2.argtypes = [
-            handle, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_void_p, number, number, number, number, number
-        ]  # fmt: skip
-        return library
-    return None
+    try:
+        library = ctypes.CDLL(LIBRARY)
+    except OSError:
+        return None
+    handle, number = ctypes.c_void_p, ctypes.c_int
+    library.tjInitDecompress.restype = handle
+    library.tjGetErrorCode.argtypes = [handle]
+    library.tjGetErrorStr2.argtypes = [handle]
+    library.tjGetErrorStr2.restype = ctypes.c_char_p
+    library.tjDecompress2.argtypes = [
+        handle, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_void_p, number, number, number, number, number
+    ]  # fmt: skip
+    return library
