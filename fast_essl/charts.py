@@ -11,7 +11,7 @@ import numpy as np
 
 WIDTH, HEIGHT = 440, 250
 """Of a chart, in SVG units; the page scales it to its column."""
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 14, 30
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 16, 28
 _MAX_POINTS = 240
 _MIN_LABEL_DISTANCE = 15.0
 
@@ -42,13 +42,14 @@ def line_chart(
     series: Sequence[Series],
     *,
     x_label: str,
-    y_format: Callable[[float], str],
+    tick_format: Callable[[float], str],
+    value_format: Callable[[float], str],
     level: Level | None = None,
     dots: bool = False,
 ) -> str:
     """Overlaid curves as one `<svg>`; curves of more than 240 points are averaged over stretches of equal length.
 
-    Args: `dots` marks each point, with its value as a tooltip.
+    Args: `tick_format` writes the axis, `value_format` the curves' ends and the tooltips; `dots` marks each point.
     """
     drawn = [Series(label=s.label, color=s.color, x=xs, y=ys) for s in series for xs, ys in [_thin(s.x, s.y)]]
     values = [value for s in drawn for value in s.y] + ([level.y] if level else [])
@@ -65,11 +66,11 @@ def line_chart(
     for tick in y_ticks:
         _, y = at(0, tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(_LEFT - 7, y + 4, y_format(tick), "tick end"))
+        parts.append(_text(_LEFT - 7, y + 4, tick_format(tick), "tick end"))
     for tick in x_ticks:
         x, y = at(tick, low)
         parts.append(_text(x, y + 18, f"{tick:,.0f}", "tick middle"))
-    parts.append(_text(WIDTH - _RIGHT, HEIGHT - 1, x_label, "tick end"))
+    parts.append(_text(_LEFT - 12, HEIGHT - _BOTTOM + 18, x_label, "tick end"))
     if level:
         (left, y), (right, _) = at(0, level.y), at(x_end, level.y)
         parts.append(f'<line class="level" x1="{left:.1f}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -79,21 +80,23 @@ def line_chart(
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(f'<polyline class="curve run{s.color}" points="{path}"/>')
         for (x, y), step, value in zip(points, s.x, s.y, strict=True) if dots else ():
-            tooltip = escape(f"{s.label}, {x_label} {step:,.0f}: {y_format(value)}")
+            tooltip = escape(f"{s.label}, {x_label} {step:,.0f}: {value_format(value)}")
             parts.append(
                 f'<circle class="run{s.color}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{tooltip}</title>'
             )
             parts.append("</circle>")
-    parts.extend(_end_labels(drawn, at, y_format))
+    parts.extend(_end_labels(drawn, at, value_format))
     names = escape(", ".join(s.label for s in drawn))
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{names}">{"".join(parts)}</svg>'
 
 
 def nice_ticks(low: float, high: float, num: int) -> list[float]:
-    """About `num` round numbers from at or below `low` to at or above `high`."""
-    span = max(high - low, 1e-9 * max(abs(low), abs(high), 1e-3))
+    """About `num` round numbers, at least two, from at or below `low` to at or above `high`."""
+    if low == high:
+        return nice_ticks(low - max(abs(low), 1.0) / 10, high + max(abs(high), 1.0) / 10, num)
+    span = high - low
     magnitude = 10.0 ** math.floor(math.log10(span / num))
-    step = next(magnitude * factor for factor in (1, 2, 2.5, 5, 10) if span / (magnitude * factor) <= num)
+    step = next(magnitude * factor for factor in (1, 2, 5, 10) if span / (magnitude * factor) <= num)
     first = math.floor(low / step + 1e-6)
     return [step * k for k in range(first, math.ceil(high / step - 1e-6) + 1)]
 
@@ -107,7 +110,7 @@ def _thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[flo
 def _end_labels(
     drawn: Sequence[Series],
     at: Callable[[float, float], tuple[float, float]],
-    y_format: Callable[[float], str],
+    value_format: Callable[[float], str],
 ) -> list[str]:
     """Each curve's name and last value above or below its end, pushed apart where they would overlap."""
     ends = sorted(((at(s.x[-1], s.y[-1]), s) for s in drawn), key=lambda end: end[0][1])
@@ -115,7 +118,7 @@ def _end_labels(
     for (x, y), s in ends:
         y_text = max(y - 8, last_y + _MIN_LABEL_DISTANCE, _TOP)
         last_y = y_text
-        parts.append(_text(x, y_text, f"{s.label} {y_format(s.y[-1])}", f"name end run{s.color}"))
+        parts.append(_text(x, y_text, f"{s.label} {value_format(s.y[-1])}", f"name end run{s.color}"))
     return parts
 
 

@@ -22,7 +22,7 @@ from fast_essl import run_folder
 from fast_essl.charts import Level, Series, line_chart
 from fast_essl.config import Config, ConfigError
 from fast_essl.config_io import load_config
-from fast_essl.report_style import STYLE
+from fast_essl.report_style import NUM_COLORS, STYLE
 from loaders import open_loader
 from loaders.batch import NUM_ROTATIONS, Views
 from loaders.recipe import Recipe
@@ -33,10 +33,9 @@ ACCURACY_NAMES = {
     "knn_top1": "kNN",
     "weighted_knn_top1": "weighted kNN",
     "probe_top1": "linear probe",
-    "weighted_knn_top5": "weighted kNN, top-5",
     "probe_top5": "linear probe, top-5",
 }
-"""Keys of evaluation.json's `accuracy` and their names for people, in the order of the table's columns."""
+"""What the table shows of evaluation.json's `accuracy`, and how it is called there."""
 _METHOD_NAMES = {"simclr": "SimCLR"}
 
 
@@ -158,12 +157,15 @@ def _headline(runs: Sequence[RunRecord], random_accuracy: dict[str, float]) -> s
         detail = f"The loss went from {first['loss']:.3f} to {last['loss']:.3f}; not evaluated yet."
     else:
         text = (
-            f"{best.label} finds the class of {knn:.1%} of {data}’s test images without having seen a label"
+            f"Learned without a label, {best.label}’s features tell {knn:.1%} of {data}’s test images right"
         )
         others = [(run.label, run.accuracy["knn_top1"]) for run in runs if run is not best and run.accuracy]
         others += [("the random backbone", random_accuracy["knn_top1"])] if random_accuracy else []
-        points = [f"{100 * (knn - other):+.1f} points to {name} ({other:.1%})" for name, other in others]
-        detail = f"kNN on frozen features: {', '.join(points)}." if points else "kNN on frozen features."
+        compared = [
+            f"{100 * abs(knn - other):.1f} points {'above' if knn >= other else 'below'} {name} ({other:.1%})"
+            for name, other in others
+        ]
+        detail = f"kNN on frozen features{': ' if compared else ''}{' and '.join(compared)}."
     model = config.model
     facts = (
         f"{model.backbone} of width {model.width} · {config.train.epochs} epochs · batch "
@@ -177,26 +179,22 @@ def _headline(runs: Sequence[RunRecord], random_accuracy: dict[str, float]) -> s
 
 def _accuracy_section(runs: Sequence[RunRecord], random_accuracy: dict[str, float]) -> str:
     rows = [("Random backbone", "random", random_accuracy)] if random_accuracy else []
-    rows += [(run.label, f"run{color}", run.accuracy) for color, run in enumerate(runs)]
-    found = {name for _, _, accuracy in rows for name in accuracy}
-    names = [name for name in (*ACCURACY_NAMES, *sorted(found - set(ACCURACY_NAMES))) if name in found]
+    rows += [(run.label, f"run{color % NUM_COLORS}", run.accuracy) for color, run in enumerate(runs)]
+    names = [name for name in ACCURACY_NAMES if any(name in accuracy for _, _, accuracy in rows)]
     if not names:
         return ""
-    head = "".join(f"<th>{escape(ACCURACY_NAMES.get(name, name))}</th>" for name in names)
+    head = "".join(f"<th>{escape(ACCURACY_NAMES[name])}</th>" for name in names)
     body = ""
     for label, css, accuracy in rows:
         cells = ""
         for name in names:
             value = accuracy.get(name)
-            best = value is not None and value == max(row[2].get(name, 0.0) for row in rows)
-            cells += (
-                "<td>–</td>"
-                if value is None
-                else (
-                    f'<td><span class="{"value best" if best else "value"}">{value:.1%}</span>'
-                    f'<span class="bar {css}" style="width:{100 * value:.1f}%"></span></td>'
-                )
-            )
+            if value is None:
+                cells += "<td>–</td>"
+                continue
+            best = " best" if value == max(row[2].get(name, 0.0) for row in rows) else ""
+            bar = f'<span class="bar {css}" style="--share:{100 * value:.1f}%"></span>'
+            cells += f'<td><span class="value{best}">{value:.1%}</span>{bar}</td>'
         body += f'<tr><th><span class="key {css}"></span>{escape(label)}</th>{cells}</tr>'
     return _section(
         "What the features know",
@@ -209,16 +207,23 @@ def _accuracy_section(runs: Sequence[RunRecord], random_accuracy: dict[str, floa
 def _curves_section(runs: Sequence[RunRecord], random_accuracy: dict[str, float]) -> str:
     random_knn = random_accuracy.get("knn_top1")
     charts = [
-        _chart(runs, "Online kNN", "knn_top1", "{:.0%}", level=("random backbone", random_knn), dots=True),
+        _chart(
+            runs,
+            "Online kNN",
+            "knn_top1",
+            ("{:.0%}", "{:.1%}"),
+            level=("random backbone", random_knn),
+            dots=True,
+        ),
         _chart(
             runs,
             "Equivariance accuracy",
             "equivariance_accuracy",
-            "{:.0%}",
+            ("{:.0%}", "{:.1%}"),
             level=("chance", 1 / NUM_ROTATIONS),
         ),
-        _chart(runs, "SSL loss", "ssl_loss", "{:.2f}"),
-        _chart(runs, "Equivariance loss", "equivariance_loss", "{:.2f}"),
+        _chart(runs, "SSL loss", "ssl_loss", ("{:.1f}", "{:.3f}")),
+        _chart(runs, "Equivariance loss", "equivariance_loss", ("{:.1f}", "{:.3f}")),
     ]
     return _section("How it learned", f'<div class="charts">{"".join(charts)}</div>')
 
@@ -227,17 +232,20 @@ def _chart(
     runs: Sequence[RunRecord],
     title: str,
     name: str,
-    form: str,
+    formats: tuple[str, str],
     *,
     level: tuple[str, float | None] = ("", None),
     dots: bool = False,
 ) -> str:
     curves = [(color, run.label, *run.curve(name)) for color, run in enumerate(runs)]
-    series = [Series(label=label, color=color, x=x, y=y) for color, label, x, y in curves if x]
+    series = [Series(label=label, color=color % NUM_COLORS, x=x, y=y) for color, label, x, y in curves if x]
     if not series:
         return ""
     line = None if level[1] is None else Level(label=level[0], y=level[1])
-    svg = line_chart(series, x_label="step", y_format=form.format, level=line, dots=dots)
+    ticks, values = formats
+    svg = line_chart(
+        series, x_label="step", tick_format=ticks.format, value_format=values.format, level=line, dots=dots
+    )
     return f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>"
 
 
@@ -319,7 +327,9 @@ def _speed_section(runs: Sequence[RunRecord]) -> str:
     body = ""
     for color, run in enumerate(runs):
         cells = "".join(f"<td>{value(run)}</td>" for value in columns.values())
-        body += f'<tr><th><span class="key run{color}"></span>{escape(run.label)}</th>{cells}</tr>'
+        body += (
+            f'<tr><th><span class="key run{color % NUM_COLORS}"></span>{escape(run.label)}</th>{cells}</tr>'
+        )
     machine = runs[0].environment
     where = " · ".join(
         map(str, (machine.get("cpu", ""), f"{machine.get('num_cores', '?')} cores", *machine.get("gpus", [])))
