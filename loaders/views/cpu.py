@@ -50,7 +50,8 @@ def make_views(
 def _augment(images: np.ndarray, table: ViewParameters, recipe: Recipe, num_copies: int) -> torch.Tensor:
     """(N, S, S, 3) uint8 → (num_copies · N, 3, S, S) float32, channels-last, block-ordered."""
     num_images, size = images.shape[:2]
-    out = torch.empty(num_copies * num_images, 3, size, size).to(memory_format=torch.channels_last)
+    # numpy asks for huge pages, torch does not: faulting in 4 KiB pages costs more than the augmentations.
+    out = np.empty((num_copies * num_images, size, size, 3), np.float32)
     _augment_all(
         images,
         table.flip,
@@ -62,9 +63,9 @@ def _augment(images: np.ndarray, table: ViewParameters, recipe: Recipe, num_copi
         np.array(recipe.mean, np.float32),
         np.array([1 / deviation for deviation in recipe.std], np.float32),
         num_copies,
-        out.permute(0, 2, 3, 1).numpy(),
+        out,
     )
-    return out
+    return torch.from_numpy(out).permute(0, 3, 1, 2)
 
 
 @numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy", fastmath=_FAST)
