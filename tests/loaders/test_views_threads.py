@@ -46,6 +46,8 @@ print(num_equal)
 
 def test_calls_from_three_threads_give_the_same_views_as_one():
     """In a process of its own: numba's layer `workqueue`, its last resort, answers concurrent calls by an abort."""
-    done = subprocess.run([sys.executable, "-c", CALLS], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", CALLS], cwd=CHECKOUT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == "[200, 200, 200]"
