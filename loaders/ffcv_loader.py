@@ -21,12 +21,6 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-from ffcv.loader import Loader
-from ffcv.loader.epoch_iterator import EpochIterator
-from ffcv.pipeline.allocation_query import AllocationQuery
-from ffcv.pipeline.compiler import Compiler
-from ffcv.pipeline.state import State
 
 from loaders.batch import Crops
 from loaders.beton import IMAGE_JPEG
@@ -36,6 +30,26 @@ from loaders.images import open_beton, undecodable
 from loaders.manifest import Manifest
 from loaders.plan import EpochPlan
 from loaders.recipe import Recipe
+
+
+@contextmanager
+def _thread_counts_kept() -> Iterator[None]:
+    """FFCV sets numba's and torch's threads for whoever calls it; the trainer's are not its business."""
+    numba_threads, torch_threads = numba.get_num_threads(), torch.get_num_threads()
+    try:
+        yield
+    finally:
+        numba.set_num_threads(numba_threads)
+        torch.set_num_threads(torch_threads)
+
+
+with _thread_counts_kept():  # importing it alone leaves both at 1
+    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+    from ffcv.loader import Loader
+    from ffcv.loader.epoch_iterator import EpochIterator
+    from ffcv.pipeline.allocation_query import AllocationQuery
+    from ffcv.pipeline.compiler import Compiler
+    from ffcv.pipeline.state import State
 
 NUM_BATCHES_AHEAD = 2
 """Batches FFCV prepares in advance; memory is this plus two batches of crops."""
@@ -228,14 +242,3 @@ class _Epoch(EpochIterator):
                 continue
         self.close()
         self.closed = True
-
-
-@contextmanager
-def _thread_counts_kept() -> Iterator[None]:
-    """FFCV sets numba's and torch's number of threads for the calling thread; the trainer's are not its business."""
-    numba_threads, torch_threads = numba.get_num_threads(), torch.get_num_threads()
-    try:
-        yield
-    finally:
-        numba.set_num_threads(numba_threads)
-        torch.set_num_threads(torch_threads)

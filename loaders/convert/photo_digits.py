@@ -3,7 +3,8 @@
 The construction of MNIST-M (Ganin et al., "Domain-Adversarial Training of Neural Networks", JMLR 2016,
 section 5.2.3): `|patch - digit|` in each colour channel. The digits are scikit-learn's `load_digits` (1,797
 real ones of 8x8 pixels, UCI "Optical Recognition of Handwritten Digits"), scaled up to 28 to 32 pixels; the
-patches are 32x32 cut-outs of its two real photographs (`load_sample_images`, 427x640). Labels 0 to 9.
+patches are 32x32 cut-outs of its two real photographs (`load_sample_images`, 427x640), textured ones: on flat sky
+even an untrained network reads the digit. Labels 0 to 9.
 
 Train and test share nothing: four fifths of each class's digits and the left three quarters of each
 photograph make train, the rest test. Image i is of class i mod 10 and takes that class's digits in turn, so
@@ -31,6 +32,8 @@ _MIN_DIGIT_SIDE: Final = 28
 _TRAIN_SHARE_OF_DIGITS: Final = 0.8
 _TRAIN_SHARE_OF_PHOTO: Final = 0.75
 _DIGIT_RANGE: Final = 16.0
+# Least standard deviation of a patch within its channels, levels.
+_MIN_TEXTURE: Final = 7.0
 _STREAMS: Final = {"train": 0, "test": 1, "order": 2}
 
 
@@ -60,7 +63,7 @@ def open_photo_digits(
             chance = _generator(seed, _STREAMS[split], index)
             label = index % len(digits)
             digit = digits[label][index // len(digits) % len(digits[label])]
-            jpeg = to_jpeg(_blend(digit, photos, chance), quality)
+            jpeg = to_jpeg(_blend(digit, _textured_patch(photos, chance), chance), quality)
             yield Sample(f"photo-digits {split}: image {index}", label, jpeg)
 
     return Source(
@@ -93,20 +96,28 @@ def split_photos(split: str) -> list[npt.NDArray[np.uint8]]:
 
 
 def _blend(
-    digit: npt.NDArray[np.float64], photos: list[npt.NDArray[np.uint8]], chance: np.random.Generator
+    digit: npt.NDArray[np.float64], patch: npt.NDArray[np.uint8], chance: np.random.Generator
 ) -> npt.NDArray[np.uint8]:
-    """One image (32, 32, 3) uint8: a random patch, and on it the digit (8, 8) at a random size and place."""
-    photo = photos[chance.integers(len(photos))]
-    top, left = (int(chance.integers(length - SIDE + 1)) for length in photo.shape[:2])
+    """One image (32, 32, 3) uint8: the patch, and on it the digit (8, 8) at a random size and place."""
     side = int(chance.integers(_MIN_DIGIT_SIDE, SIDE + 1))
     digit_top, digit_left = (int(offset) for offset in chance.integers(SIDE - side + 1, size=2))
     grey = Image.fromarray(np.round(digit * (255 / _DIGIT_RANGE)).astype(np.uint8))
     stroke = np.zeros((SIDE, SIDE, 1), np.int16)
     scaled = np.asarray(grey.resize((side, side), Image.Resampling.BICUBIC))
     stroke[digit_top : digit_top + side, digit_left : digit_left + side, 0] = scaled
-    patch = photo[top : top + SIDE, left : left + SIDE].astype(np.int16)
-    blended: npt.NDArray[np.uint8] = np.abs(patch - stroke).astype(np.uint8)
+    blended: npt.NDArray[np.uint8] = np.abs(patch.astype(np.int16) - stroke).astype(np.uint8)
     return blended
+
+
+def _textured_patch(
+    photos: list[npt.NDArray[np.uint8]], chance: np.random.Generator
+) -> npt.NDArray[np.uint8]:
+    while True:
+        photo = photos[chance.integers(len(photos))]
+        top, left = (int(chance.integers(length - SIDE + 1)) for length in photo.shape[:2])
+        patch = photo[top : top + SIDE, left : left + SIDE]
+        if patch.std(axis=(0, 1)).mean() >= _MIN_TEXTURE:
+            return patch
 
 
 def _generator(seed: int, stream: int, index: int) -> np.random.Generator:

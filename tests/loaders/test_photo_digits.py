@@ -53,14 +53,25 @@ def test_the_digit_is_the_difference_from_the_photograph() -> None:
 
     digit = np.zeros((8, 8))
     digit[2:6, 3:5] = 16
-    black = [np.zeros((40, 40, 3), np.uint8)]
-    grey = [np.full((40, 40, 3), 100, np.uint8)]
+    black = np.zeros((32, 32, 3), np.uint8)
+    grey = np.full((32, 32, 3), 100, np.uint8)
     on_black, on_grey = (
-        photo_digits._blend(digit, photo, np.random.Generator(np.random.Philox(3))).astype(int)
-        for photo in (black, grey)
+        photo_digits._blend(digit, patch, np.random.Generator(np.random.Philox(3))).astype(int)
+        for patch in (black, grey)
     )
     np.testing.assert_array_equal(on_grey, np.abs(100 - on_black))
     assert on_black.max() > 200 and (on_black == 0).mean() > 0.3
+
+
+def test_patches_are_textured() -> None:
+    """A region half flat, half noise: only patches that reach into the noise are taken."""
+    from loaders.convert import photo_digits
+
+    region = np.zeros((32, 400, 3), np.uint8)
+    region[:, 200:] = np.random.default_rng(0).integers(0, 256, (32, 200, 3))
+    chance = np.random.Generator(np.random.Philox(3))
+    patches = [photo_digits._textured_patch([region], chance) for _ in range(50)]
+    assert all(patch.shape == (32, 32, 3) and patch.std() > 0 for patch in patches)
 
 
 def test_labels_follow_the_digits() -> None:
