@@ -84,6 +84,14 @@ def test_flip_grey_and_solarize_equal_pillow(module):
 
 
 @pytest.mark.parametrize("module", [reference, cpu])
+def test_solarize_inverts_from_level_128(module):
+    """Each of the 256 levels in each channel; the neighbours of the threshold included."""
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    expected = np.where(levels < 128, levels, 255 - levels.astype(np.int64))
+    assert np.abs(pixels(module, torch.from_numpy(levels), solarize=1).numpy() - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("module", [reference, cpu])
 @pytest.mark.parametrize("factor", [0.0, 0.6, 1.4])
 def test_brightness_contrast_and_saturation_are_their_formulas(module, factor):
     images = photographs(2, 16)
