@@ -34,5 +34,5 @@ lint: $(READY)
 	@$(BIN)/mypy
 
 bench: $(READY)
-	@$(BIN)/python benchmarks/loaders.py
+	@$(BIN)/python benchmarks/loading.py
 	@$(BIN)/python benchmarks/views.py

@@ -1,7 +1,7 @@
 """ResNets that return features (He et al., CVPR 2016), with torchvision's module names.
 
-Bottlenecks stride in their 3×3 convolution, as torchvision's do. The CIFAR stem is one 3×3 convolution of stride 1 without
-max-pool (Chen et al., SimCLR, ICML 2020, appendix B.9).
+Bottlenecks stride in their 3×3 convolution, as torchvision's do. The CIFAR stem is one 3×3 convolution of stride 1
+without max-pool (Chen et al., SimCLR, ICML 2020, appendix B.9).
 """
 
 from __future__ import annotations

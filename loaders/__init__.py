@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from loaders.recipe import Recipe
     from loaders.torch_loader import TorchLoader
 
-# The loader's thread and the trainer's both run parallel numba code; the default layer `workqueue` aborts on that.
+# The loader's thread and the trainer's both run parallel numba code; of numba's layers, `workqueue` aborts on that.
 numba.config.THREADING_LAYER = "omp"
 
 LOADERS = ("ffcv", "torch")

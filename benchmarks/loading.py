@@ -1,6 +1,6 @@
 """How fast are the loaders, next to what they cannot be faster than? Peers in turn, in one run.
 
-    python benchmarks/loaders.py IMAGE_FOLDER [--record]
+    python benchmarks/loading.py [IMAGE_FOLDER] [--record]
 
 All rows decode the same photographs for the ImageNet recipe of E-SimCLR (2 × 224² bicubic, 1 × 96² bilinear):
 
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from ffcv.libffcv import imdecode
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
-from record import write_record
+from record import machine_facts, write_record
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -54,12 +54,15 @@ BATCH_SIZE = 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", nargs="?", type=Path, help="an image folder, one directory a class")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--passes", type=int, default=4, help="times each photograph stands in the file")
-    parser.add_argument("--record", action="store_true", help="write benchmarks/records/DATE-loaders.json")
+    parser.add_argument("--record", action="store_true", help="write benchmarks/records/DATE-loading.json")
     arguments = parser.parse_args()
+    facts = machine_facts()
     with tempfile.TemporaryDirectory() as scratch:
         source = arguments.folder or _patches(Path(scratch) / "patches")
         beton = _repeated(source, Path(scratch), arguments.passes)
@@ -68,7 +71,8 @@ def main() -> None:
         num_samples = open_beton(beton).tables.num_samples
     _print(results)
     if arguments.record:
-        print(write_record("loaders", {"num_samples": num_samples, "source": source.name, "samples_per_s": results}))
+        results = {"num_samples": num_samples, "source": source.name, "samples_per_s": results}
+        print(write_record("loading", results, facts=facts))
 
 
 def _patches(folder: Path) -> Path:
@@ -242,7 +246,9 @@ def _print(results: dict[str, dict[str, object]]) -> None:
         spread = f"{row['min']} – {row['max']}"
         print(f"{name:16}{row['median']:>11}{spread:>18}{row['median_ratio_to_decode']:>10}")
     ratio = results["ffcv + views"]["median"] / results["torch + Pillow"]["median"]
-    print(f"ffcv + views is {ratio:.2f} × torch + Pillow; ffcv is {results['ffcv']['median_ratio_to_decode']} × decode")
+    print(
+        f"ffcv + views is {ratio:.2f} × torch + Pillow; ffcv is {results['ffcv']['median_ratio_to_decode']} × decode"
+    )
 
 
 if __name__ == "__main__":
