@@ -9,7 +9,7 @@ All rows decode the same photographs for the ImageNet recipe of E-SimCLR (2 × 2
     ffcv             FFCVLoader's Crops
     torch            TorchLoader's Crops: DataLoader workers and Pillow
     ffcv + views     FFCVLoader's Crops, then the numba view stage: normalised views and four rotated copies
-    torch + Pillow   DataLoader workers that decode, crop and augment with Pillow and torch, as the official release does
+    torch + Pillow   DataLoader workers that decode, crop and augment with Pillow, as the official release does
 
 Every row runs in each round, the rounds are repeated, and the medians over rounds are told with their range.
 Without IMAGE_FOLDER, patches of scikit-learn's two photographs serve.
