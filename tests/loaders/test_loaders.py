@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 
 from loaders import open_loader
 from loaders.beton import read_tables
+from loaders.convert import convert
 from loaders.errors import DataError
 from loaders.ffcv_loader import FFCVLoader
 from loaders.recipe import Recipe
@@ -150,6 +153,41 @@ def test_thread_counts_of_torch_and_numba_are_kept(photo_beton):
     before = torch.get_num_threads(), numba.get_num_threads()
     next(FFCVLoader(photo_beton, RECIPES[:1], batch_size=8, num_workers=1).epoch(0))
     assert (torch.get_num_threads(), numba.get_num_threads()) == before
+
+
+def test_memory_does_not_grow_with_the_number_of_images(photo_folder, tmp_path):
+    """Anonymous memory of a process that loads an epoch of 70 images, and of 1,120: the difference is small change."""
+    script = """
+import sys
+from loaders.ffcv_loader import FFCVLoader
+from loaders.recipe import Recipe
+loader = FFCVLoader(sys.argv[1], (Recipe(size=48), Recipe(size=24)), batch_size=16, num_workers=2)
+peak = 0
+for epoch in range(2):
+    for crops in loader.epoch(epoch):
+        lines = dict(line.split(":") for line in open("/proc/self/status"))
+        peak = max(peak, int(lines["RssAnon"].split()[0]))
+print(peak)
+"""
+    peaks_kib = []
+    for copies in (1, 16):
+        folder = tmp_path / f"{copies}"
+        for file in sorted(photo_folder.rglob("*.*")):
+            for number in range(copies):
+                link = folder / file.parent.name / f"{number}-{file.name}"
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(file)
+        beton = tmp_path / f"{copies}.beton"
+        assert convert(str(folder), beton, workers=1, progress=False).num_samples == 70 * copies
+        run = subprocess.run(
+            [sys.executable, "-c", script, str(beton)],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=300,
+        )
+        peaks_kib.append(int(run.stdout))
+    assert peaks_kib[1] - peaks_kib[0] < 16 * 1024
 
 
 @pytest.mark.parametrize("name", ["ffcv", "torch"])
