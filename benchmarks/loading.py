@@ -62,6 +62,9 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=4, help="times each photograph stands in the file")
     parser.add_argument("--record", action="store_true", help="write benchmarks/records/DATE-loading.json")
     arguments = parser.parse_args()
+    # Importing FFCV left torch and numba with one thread.
+    numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     facts = machine_facts()
     with tempfile.TemporaryDirectory() as scratch:
         source = arguments.folder or _patches(Path(scratch) / "patches")
