@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import queue
 import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from loaders.convert.source import Sample
 from loaders.errors import DataError
@@ -44,31 +44,79 @@ def map_samples(
     # threads.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["loaders.convert.encode"])
-    executor = ProcessPoolExecutor(num_workers, context, initializer=_ignore_interrupt)
+    idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+    processes = [_start_worker(context, idle) for _ in range(num_workers)]
+    threads = ThreadPoolExecutor(num_workers)
     waiting: deque[tuple[list[Sample], Future[list[Result]]]] = deque()
-    chunks = _chunks(samples)
     try:
-        for chunk in chunks:
-            waiting.append((chunk, executor.submit(_work_chunk, work, chunk)))
+        for chunk in _chunks(samples):
+            waiting.append((chunk, threads.submit(_ask, idle, work, chunk)))
             if len(waiting) == num_workers * _CHUNKS_AHEAD:
                 yield from _finished(*waiting.popleft())
         while waiting:
             yield from _finished(*waiting.popleft())
-    except BrokenProcessPool as error:
+    except _WorkerDied as error:
         raise DataError(
             "a worker process died (killed, out of memory, or a decoder that crashed): try fewer --workers; "
             "--workers 1 shows where it happens"
         ) from error
     finally:
-        executor.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.kill()
+        threads.shutdown(cancel_futures=True)
+        for process in processes:
+            process.join()
+
+
+class _WorkerDied(Exception):
+    pass
+
+
+def _start_worker(context: Any, idle: queue.SimpleQueue[Connection]) -> Any:
+    # A pipe for each worker, whose far end it alone holds: should it die, even in the middle of a message, the near
+    # end reads an end of file. (The pool of concurrent.futures shares one pipe and then waits for ever.)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    idle.put(ours)
+    return process
+
+
+def _ask(
+    idle: queue.SimpleQueue[Connection], work: Callable[[Sample], Result], chunk: list[Sample]
+) -> list[Result]:
+    connection = idle.get()
+    try:
+        connection.send((work, chunk))
+        results, error = connection.recv()
+    except (EOFError, OSError) as error:
+        raise _WorkerDied from error
+    finally:
+        idle.put(connection)
+    if error is not None:
+        raise error
+    return results
+
+
+def _serve(connection: Connection) -> None:
+    # Ctrl-C goes to all processes of the terminal; the first process alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while True:
+        try:
+            work, chunk = connection.recv()
+        except EOFError:
+            return
+        answer: tuple[list[Any] | None, Exception | None]
+        try:
+            answer = list(map(work, chunk)), None
+        except Exception as error:  # raised again by the process that asked
+            answer = None, error
+        connection.send(answer)
 
 
 def _finished(chunk: list[Sample], future: Future[list[Result]]) -> Iterator[tuple[Sample, Result]]:
     return zip(chunk, future.result(), strict=True)
-
-
-def _work_chunk(work: Callable[[Sample], Result], chunk: list[Sample]) -> list[Result]:
-    return list(map(work, chunk))
 
 
 def _chunks(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
@@ -89,7 +137,3 @@ def _num_bytes(sample: Sample) -> int:
     if isinstance(sample.image, Path):
         return os.stat(sample.image).st_size if os.path.exists(sample.image) else 0
     return len(sample.image) if isinstance(sample.image, bytes) else sample.image.nbytes
-
-
-# Ctrl-C goes to all processes of the terminal; the first process alone decides what it means.
-_ignore_interrupt = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
