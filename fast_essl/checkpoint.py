@@ -15,7 +15,7 @@ from fast_essl.config import Config, ConfigError
 from fast_essl.config_io import config_to_table, flatten
 from loaders.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RUN_ONLY_FIELDS = frozenset(
     {
         "data.train",  # the dataset is compared by its digest, so a moved file is the same one
@@ -29,7 +29,8 @@ RUN_ONLY_FIELDS = frozenset(
         "train.checkpoint_every",
     }
 )
-"""The configuration fields that may change when a run is resumed; every other one defines the run."""
+"""The configuration fields that may change when a run is resumed, as those of the evaluations; others define it."""
+EVALUATION_SECTIONS = ("probe.", "finetune.")
 
 
 def save_file(path: Path, state: Mapping[str, Any]) -> None:
@@ -92,7 +93,9 @@ def load_checkpoint(path: Path, *, config: Config, dataset_digest: str) -> dict[
     state = load_file(path)
     saved, now = flatten(state["config"]), flatten(config_to_table(config))
     differing = [key for key in sorted(saved.keys() | now.keys()) if saved.get(key) != now.get(key)]
-    differing = [key for key in differing if key not in RUN_ONLY_FIELDS]
+    differing = [
+        key for key in differing if key not in RUN_ONLY_FIELDS and not key.startswith(EVALUATION_SECTIONS)
+    ]
     if differing:
         shown = ", ".join(
             f"{key} = {saved.get(key)!r} there and {now.get(key)!r} now" for key in differing[:3]

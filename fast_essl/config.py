@@ -5,7 +5,7 @@ A value out of range is a `ValueError` that begins with the field's name, as `si
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -90,55 +90,99 @@ class ModelConfig:
     """Width of the projector's hidden layers."""
     projector_out: int = 2048
     """Size of the embedding."""
+    projector_norm: Literal["plain", "affine", "none"] = "plain"
+    """BatchNorm after the projector's last layer: without affine, with it (SimCLR, ImageNet), none (Barlow Twins)."""
+    predictor_hidden: int = 512
+    """Width of SimSiam's predictor (official release: 512)."""
     head_form: Literal["cifar_simclr", "cifar_simsiam", "imagenet"] = "cifar_simclr"
     """Which of the paper's prediction heads."""
     head_hidden: int = 2048
     """Width of the prediction head's hidden layers."""
+    head_bottleneck: int = 128
+    """Width before the logits of the `imagenet` head (official release: 128 for SimCLR, 256 for the others)."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "projector_layers", "projector_hidden", "projector_out", "head_hidden"):
-            _require(self, name, getattr(self, name) >= 1, "1 or more")
+        for field_ in fields(self):
+            if field_.type == "int":
+                _require(self, field_.name, getattr(self, field_.name) >= 1, "1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     """The SSL loss and the equivariance loss."""
 
-    name: Literal["simclr"] = "simclr"
+    name: Literal["simclr", "simsiam", "barlow_twins"] = "simclr"
     """The SSL method; with an equivariance weight above 0 it is its E-SSL variant."""
+    contrastive_loss: Literal["info_nce", "nt_xent"] = "info_nce"
+    """SimCLR's loss: cross-view negatives alone (the paper's), or all others of the batch (Chen et al., 2020)."""
     temperature: float = 0.5
-    """Temperature of InfoNCE (paper: 0.5 on CIFAR-10, 0.2 on ImageNet)."""
+    """Temperature of the contrastive loss (paper: 0.5 on CIFAR-10, 0.2 on ImageNet)."""
+    off_diagonal_weight: float = 0.0051
+    """Weight of Barlow Twins' redundancy term (Zbontar et al., 2021)."""
     equivariance_weight: float = 0.4
     """λ in L = L_ssl + λ · L_equivariance (paper, section 3); 0 is the plain SSL baseline."""
+    online_classifier: bool = False
+    """Whether to train a linear classifier on detached features beside the method (the paper's ImageNet runs)."""
 
     def __post_init__(self) -> None:
-        _require(self, "temperature", self.temperature > 0, "above 0")
+        _require(self, "temperature", 0 < self.temperature < float("inf"), "above 0")
+        _require(self, "off_diagonal_weight", 0 <= self.off_diagonal_weight < float("inf"), "0 or more")
         _require(self, "equivariance_weight", 0 <= self.equivariance_weight < float("inf"), "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """SGD with momentum, linear warm-up from 0, then a cosine."""
+class TransformationConfig:
+    """What the features are to be sensitive to, and what insensitive; names of `fast_essl.transformations`.
 
-    name: Literal["sgd"] = "sgd"
-    """The optimizer."""
+    A transformation of one's own is named as `file.py:function`.
+    """
+
+    equivariance: str = "four_fold_rotation"
+    """Transformation of the third crop that the prediction head tells."""
+    equivariance_elements: tuple[int, ...] = ()
+    """Numbers of the elements to use, in the order of their labels; none means all."""
+    invariance: str = "none"
+    """Transformation of which each of the two views gets a random element, as one augmentation more."""
+    invariance_elements: tuple[int, ...] = ()
+    """As `equivariance_elements`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Optimizer and learning-rate schedule: linear warm-up from 0, then a cosine."""
+
+    name: Literal["sgd", "lars"] = "sgd"
+    """SGD with momentum, or LARS (You et al., 2017; the paper's ImageNet runs of SimCLR and Barlow Twins)."""
+    backend: Literal["torch", "apex"] = "torch"
+    """Whose implementation: torch's (LARS: our own), or apex's `FusedSGD`."""
     base_learning_rate: float = 0.06
     """Peak learning rate for 256 samples a batch; times batch_size / 256 (official release: 0.03, with λ > 0 0.06)."""
+    base_learning_rate_biases: float = 0.0
+    """The same for biases and norms (official release: 0.0048 for Barlow Twins); 0 means as the weights."""
     final_learning_rate: float = 0.0
     """Where the cosine ends, share of the peak."""
     warmup_epochs: int = 10
     """Epochs of linear warm-up."""
+    schedule: Literal["step", "epoch"] = "step"
+    """Whether the learning rate moves each step, or once an epoch (the official release's SimSiam on ImageNet)."""
     momentum: float = 0.9
-    """Momentum of SGD."""
+    """Momentum."""
     weight_decay: float = 5e-4
-    """L2 penalty on all parameters (official release: 5e-4)."""
+    """L2 penalty (official release: 5e-4 on CIFAR-10)."""
+    decay_biases: bool = True
+    """Whether the penalty includes biases and norms (official release: with SGD it does, with LARS not)."""
+    trust_coefficient: float = 0.001
+    """LARS: share of a weight's norm that a step of rate 1 moves it by."""
 
     def __post_init__(self) -> None:
         _require(self, "base_learning_rate", 0 < self.base_learning_rate < float("inf"), "above 0")
+        for name in ("base_learning_rate_biases", "weight_decay"):
+            _require(self, name, 0 <= getattr(self, name) < float("inf"), "0 or more")
         _require(self, "final_learning_rate", 0 <= self.final_learning_rate <= 1, "in [0, 1]")
         _require(self, "warmup_epochs", self.warmup_epochs >= 0, "0 or more")
         _require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
-        _require(self, "weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more")
+        _require(self, "trust_coefficient", 0 < self.trust_coefficient < float("inf"), "above 0")
+        _require(self, "backend", self.backend == "torch" or self.name == "sgd", "'torch' with LARS")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,14 +209,94 @@ class TrainConfig:
     """Epochs between online kNN evaluations; 0 never evaluates."""
     checkpoint_every: int = 500
     """Steps between checkpoints; one is always written at the end and on Ctrl-C or SIGTERM."""
+    init_from: str = ""
+    """A checkpoint whose backbone the run starts from: of fast_essl or of the official release; empty for none."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "num_threads", "knn_every"):
             _require(self, name, getattr(self, name) >= 0, "0 or more")
         for name in ("epochs", "log_every", "checkpoint_every"):
             _require(self, name, getattr(self, name) >= 1, "1 or more")
-        _require(self, "batch_size", self.batch_size >= 2, "2 or more (InfoNCE needs a negative)")
+        _require(
+            self,
+            "batch_size",
+            self.batch_size >= 2,
+            "2 or more (BatchNorm and negatives need another sample)",
+        )
         _require(self, "seed", 0 <= self.seed < 2**63, "from 0 to 2**63 - 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """The linear probe on augmented images: SGD on a linear classifier over the frozen backbone (paper, section 4)."""
+
+    size: int = 32
+    """Side of the images, pixels."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Range of the training crop's area; the crop is then flipped with probability 0.5."""
+    center_fraction: float = 32 / 36
+    """Side of the centred square of the test images, share of the shorter side (Resize 36, CenterCrop 32)."""
+    interpolation: Interpolation = "bicubic"
+    """Filter of the resize."""
+    epochs: int = 100
+    """Passes over the training images."""
+    batch_size: int = 256
+    """Samples a step."""
+    optimizer: Literal["sgd", "lars"] = "sgd"
+    """SGD, or LARS on weight and bias alike (the SimSiam paper's ImageNet probe)."""
+    base_learning_rate: float = 30.0
+    """Peak for 256 samples a batch; a cosine takes it to 0 without warm-up."""
+    schedule: Literal["step", "epoch"] = "step"
+    """Whether the learning rate moves each step, or once an epoch."""
+    momentum: float = 0.9
+    """Momentum."""
+    weight_decay: float = 0.0
+    """L2 penalty."""
+    num_fits: int = 5
+    """Independent fits, by their own seeds; their mean and spread are told."""
+
+    def __post_init__(self) -> None:
+        for name in ("size", "epochs", "batch_size", "num_fits"):
+            _require(self, name, getattr(self, name) >= 1, "1 or more")
+        _require(self, "scale", 0 < self.scale[0] <= self.scale[1] <= 1, "0 < low <= high <= 1")
+        _require(self, "center_fraction", 0 < self.center_fraction <= 1, "above 0 and at most 1")
+        _require(self, "base_learning_rate", 0 < self.base_learning_rate < float("inf"), "above 0")
+        _require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        _require(self, "weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Semi-supervised fine-tuning: backbone and classifier trained on a share of the labels (paper, section 4).
+
+    Images and crops are those of the probe.
+    """
+
+    label_share: float = 0.01
+    """Share of each class's training images whose labels are used, at least one image a class (paper: 1% and 10%)."""
+    epochs: int = 20
+    """Passes over those images."""
+    batch_size: int = 256
+    """Samples a step."""
+    base_learning_rate_backbone: float = 0.005
+    """Peak for 256 samples a batch; a cosine takes it to 0, once an epoch."""
+    base_learning_rate_classifier: float = 0.5
+    """The same of the classifier."""
+    momentum: float = 0.9
+    """Momentum."""
+    weight_decay: float = 0.0
+    """L2 penalty."""
+    num_fits: int = 1
+    """Independent fits, each on its own draw of labelled images."""
+
+    def __post_init__(self) -> None:
+        _require(self, "label_share", 0 < self.label_share <= 1, "above 0 and at most 1")
+        for name in ("epochs", "batch_size", "num_fits"):
+            _require(self, name, getattr(self, name) >= 1, "1 or more")
+        for name in ("base_learning_rate_backbone", "base_learning_rate_classifier"):
+            _require(self, name, 0 < getattr(self, name) < float("inf"), "above 0")
+        _require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        _require(self, "weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,10 +311,16 @@ class Config:
     """Backbone, projector and prediction head."""
     method: MethodConfig = field(default_factory=MethodConfig)
     """The losses."""
+    transformation: TransformationConfig = field(default_factory=TransformationConfig)
+    """What the features are to be sensitive and insensitive to."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and schedule."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Length, batches, device, logging."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    """The linear probe of `fast-essl probe`."""
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    """The fine-tuning of `fast-essl finetune`."""
 
     def __post_init__(self) -> None:
         if self.optimizer.warmup_epochs > self.train.epochs:

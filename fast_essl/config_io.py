@@ -43,13 +43,48 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     Args: `overrides`, for example `["--train.max-steps", "20", "--views.view1.scale", "0.1", "1"]`.
     Errors: `ConfigError`; `OSError` when the file cannot be read.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}") from None
+    table = read_table(path)
     overridden = _apply_overrides(table, overrides or [])
     sources = dict.fromkeys(overridden, COMMAND_LINE)
     return config_from_table(table, source=str(path), sources=sources)
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The nested values of a TOML file, laid over those of the file that its `extends = "name"` names.
+
+    Errors: `ConfigError`; `OSError` when a file cannot be read.
+    """
+    seen: list[Path] = []
+    table: dict[str, Any] = {}
+    following: Path | None = path
+    while following is not None:
+        if following in seen:
+            raise ConfigError(f"{path}: extends itself, by way of {seen[-1]}")
+        seen.append(following)
+        try:
+            below = tomllib.loads(following.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{following}: not a TOML file: {error}") from None
+        base = below.pop("extends", None)
+        if base is not None and not isinstance(base, str):
+            raise ConfigError(f"{following}: extends = {base!r}: must be the name of a recipe or a file")
+        table = _laid_over(below, table)
+        following = None if base is None else _base(following, base)
+    return table
+
+
+def _base(path: Path, name: str) -> Path:
+    """What a file extends: a file beside it, or a recipe by its name."""
+    beside = path.parent / (name if name.endswith(".toml") else f"{name}.toml")
+    return beside if beside.exists() else find_config(Path(name))
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = _laid_over(below[key], value) if both else value
+    return merged
 
 
 def config_from_table(table: dict[str, Any], *, source: str, sources: dict[str, str] | None = None) -> Config:
@@ -193,8 +228,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             raise ConfigError(f"{wrong} one of {listed}; the nearest is {nearest!r}")
         return value
     if origin is tuple:
-        parts = typing.get_args(hint)
-        if not isinstance(value, list | tuple) or len(value) != len(parts):
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{wrong} a list of numbers")
+        parts = _parts(hint, len(value))
+        if len(value) != len(parts):
             raise ConfigError(f"{wrong} {len(parts)} numbers")
         return tuple(_convert(item, part, where) for item, part in zip(value, parts, strict=True))
     if hint is Path and isinstance(value, str):
@@ -205,9 +242,15 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return float(value)
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
-    if hint is bool and isinstance(value, bool):
+    if hint in (bool, str) and isinstance(value, hint):
         return value
-    kinds = {Path: "a path in quotes", float: "a number", int: "a whole number", bool: "true or false"}
+    kinds = {
+        Path: "a path in quotes",
+        str: "a text in quotes",
+        float: "a number",
+        int: "a whole number",
+        bool: "true or false",
+    }
     raise ConfigError(f"{wrong} {kinds[hint]}")
 
 
@@ -247,16 +290,19 @@ def _apply_overrides(table: dict[str, Any], tokens: list[str]) -> list[str]:
 def _parse_tokens(values: list[str], hint: Any, where: str) -> Any:
     """The value that a TOML file would hold, from the words that follow an option."""
     if typing.get_origin(hint) is tuple:
-        return [_parse_word(word, part) for word, part in zip(values, _parts(hint, len(values)), strict=True)]
+        parts = _parts(hint, len(values))
+        # Words that are too many keep the last type; building the config reports their number.
+        types_ = parts + parts[-1:] * (len(values) - len(parts))
+        return [_parse_word(word, part) for word, part in zip(values, types_, strict=False)]
     if len(values) != 1:
         raise ConfigError(f"{where}: takes one value, {len(values)} given")
     return _parse_word(values[0], hint)
 
 
 def _parts(hint: types.GenericAlias, num_values: int) -> list[Any]:
-    """The types of a tuple's items; the last one stands for any that are too many (reported when building)."""
+    """The types of a tuple's items: as many as it has, or as there are values where it may be of any length."""
     parts = list(typing.get_args(hint))
-    return (parts + [parts[-1]] * num_values)[:num_values]
+    return parts[:1] * num_values if parts[-1] is Ellipsis else parts
 
 
 def _parse_word(word: str, hint: Any) -> Any:
