@@ -34,6 +34,7 @@ from record import machine_facts, write_record
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from fast_essl.transformations import build_transformation
 from loaders import open_loader
 from loaders.beton import IMAGE_JPEG
 from loaders.convert import convert
@@ -51,6 +52,7 @@ RECIPES = (
     Recipe(size=96, scale=(0.05, 0.14), interpolation="bilinear", saturation=0.2, blur_p=0.1),
 )
 BATCH_SIZE = 64
+ROTATION = build_transformation("four_fold_rotation", size=96)
 
 
 def main() -> None:
@@ -132,7 +134,7 @@ def _rows(images: BetonImages) -> dict[str, Callable[[int], int]]:
         return len(stored)
 
     def ffcv_views(epoch: int) -> int:
-        return count(make_views(crops, RECIPES, rotate_last=True) for crops in ffcv.epoch(epoch))
+        return count(make_views(crops, RECIPES, equivariance=ROTATION) for crops in ffcv.epoch(epoch))
 
     def pillow(epoch: int) -> int:
         batches = DataLoader(

@@ -20,6 +20,7 @@ from record import machine_facts, write_record
 from sklearn.datasets import load_sample_images
 from tqdm import tqdm
 
+from fast_essl.transformations import build_transformation
 from loaders.batch import Crops
 from loaders.parameters import draw_parameters
 from loaders.recipe import Recipe
@@ -38,6 +39,7 @@ WORKLOADS = {
     "cifar10": (512, (Recipe(size=32), Recipe(size=32), Recipe(size=16))),
 }
 """{workload: (batch size, recipes)}."""
+ROTATION = build_transformation("four_fold_rotation", size=96)
 STAGES = {"cpu": cpu.make_views, "reference": reference.make_views}
 
 
@@ -80,7 +82,7 @@ def measure(num_rounds: int) -> dict[str, dict[str, float]]:
             crops = _crops(images[workload], recipes, epoch=number)
             for stage, make_views in STAGES.items():
                 start = time.perf_counter()
-                make_views(crops, recipes, rotate_last=True)
+                make_views(crops, recipes, equivariance=ROTATION)
                 if number > 0:
                     times_ms[f"{workload}, {stage}"].append(1000 * (time.perf_counter() - start) / batch_size)
     return {

@@ -49,7 +49,7 @@ class ViewsConfig:
     view2: Recipe
     """Second view of the SSL loss."""
     transformed: Recipe
-    """Crop that is rotated in all four ways; not cut when the equivariance weight is 0."""
+    """Crop that is transformed in all ways; not cut when the equivariance weight is 0."""
     eval_size: int = 32
     """Side of the evaluation image, pixels."""
     eval_center_fraction: float = 1.0

@@ -44,46 +44,48 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     Errors: `ConfigError`; `OSError` when the file cannot be read.
     """
     table = read_table(path)
-    overridden = _apply_overrides(table, overrides or [])
+    overridden = apply_overrides(table, overrides or [])
     sources = dict.fromkeys(overridden, COMMAND_LINE)
     return config_from_table(table, source=str(path), sources=sources)
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """The nested values of a TOML file, laid over those of the file that its `extends = "name"` names.
+    """The nested values of a TOML file, laid over those of the files that its `extends` names, the last one on top.
+
+    `extends` is a name or a list of names, each of a file beside it or of a recipe that comes with fast_essl.
 
     Errors: `ConfigError`; `OSError` when a file cannot be read.
     """
-    seen: list[Path] = []
+    return _read_table(path, ())
+
+
+def _read_table(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    if path in above:
+        raise ConfigError(f"{path}: extends itself, by way of {above[-1]}")
+    try:
+        own = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from None
+    extends = own.pop("extends", [])
+    names = [extends] if isinstance(extends, str) else extends
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(
+            f"{path}: extends = {extends!r}: must be the name of a recipe or a file, or a list of them"
+        )
     table: dict[str, Any] = {}
-    following: Path | None = path
-    while following is not None:
-        if following in seen:
-            raise ConfigError(f"{path}: extends itself, by way of {seen[-1]}")
-        seen.append(following)
-        try:
-            below = tomllib.loads(following.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{following}: not a TOML file: {error}") from None
-        base = below.pop("extends", None)
-        if base is not None and not isinstance(base, str):
-            raise ConfigError(f"{following}: extends = {base!r}: must be the name of a recipe or a file")
-        table = _laid_over(below, table)
-        following = None if base is None else _base(following, base)
-    return table
+    for name in names:
+        beside = path.parent / f"{name.removesuffix('.toml')}.toml"
+        base = beside if beside.exists() else find_config(Path(name))
+        table = lay_over(table, _read_table(base, (*above, path)))
+    return lay_over(table, own)
 
 
-def _base(path: Path, name: str) -> Path:
-    """What a file extends: a file beside it, or a recipe by its name."""
-    beside = path.parent / (name if name.endswith(".toml") else f"{name}.toml")
-    return beside if beside.exists() else find_config(Path(name))
-
-
-def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def lay_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested values, those of `above` where both have one."""
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(below.get(key), dict)
-        merged[key] = _laid_over(below[key], value) if both else value
+        merged[key] = lay_over(below[key], value) if both else value
     return merged
 
 
@@ -254,7 +256,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     raise ConfigError(f"{wrong} {kinds[hint]}")
 
 
-def _apply_overrides(table: dict[str, Any], tokens: list[str]) -> list[str]:
+def apply_overrides(table: dict[str, Any], tokens: list[str]) -> list[str]:
     """Write `--section.field VALUE…` (or `=VALUE`) into a nested table; returns the dotted keys written."""
     types_by_key = _field_types(Config)
     written: list[str] = []

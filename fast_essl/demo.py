@@ -7,7 +7,6 @@ is finished.
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any
 from fast_essl import run_folder
 from fast_essl.config import Config
 from fast_essl.config_io import find_config, load_config
-from fast_essl.evaluate_run import evaluate_run
+from fast_essl.evaluate_run import evaluate_run, random_accuracy
 from fast_essl.pretrain import pretrain
 from fast_essl.report import read_runs, write_report
 from loaders.convert import convert
@@ -29,8 +28,6 @@ DATASET = "photo-digits"
 METHODS = ("simclr", "e_simclr")
 """Names of the runs' folders; `<name>_photo_digits` is the recipe of each."""
 LABELS = {"random": "random backbone", "simclr": "SimCLR", "e_simclr": "E-SimCLR"}
-RANDOM = "evaluation-random.json"
-"""The evaluation of the backbone before training, in the first run's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +64,10 @@ def run_demo(options: DemoOptions | None = None, *, say: Callable[[str], None] =
     for name, run_dir in zip(METHODS, run_dirs, strict=True):
         _train_and_evaluate(configs[name], run_dir, options.show_progress, say)
     # Both runs start from the same backbone, so the first one's stands for both.
-    random_accuracy = _random_accuracy(run_dirs[0])
-    report = write_report(run_dirs, options.out / "report.html", random_accuracy=random_accuracy)
+    random = random_accuracy(run_dirs[0])
+    report = write_report(run_dirs, options.out / "report.html", random_accuracy=random)
     runs = read_runs(run_dirs)
-    results: dict[str, dict[str, float]] = {"random": random_accuracy}
+    results: dict[str, dict[str, float]] = {"random": random}
     for name, run in zip(METHODS, runs, strict=True):
         results[name] = {**run.accuracy, "samples_per_s": run.samples_per_s(), "minutes": run.minutes()}
     say(f"\n{table(results)}")
@@ -122,13 +119,3 @@ def _train_and_evaluate(
         return
     accuracy = evaluate_run(run_dir)["accuracy"]
     say(f"{run_dir}: kNN {accuracy['knn_top1']:.1%}, linear probe {accuracy['probe_top1']:.1%}")
-
-
-def _random_accuracy(run_dir: Path) -> dict[str, float]:
-    """The accuracy of the backbone that a run started from, measured once and kept in the run's folder."""
-    path = run_dir / RANDOM
-    if not path.exists():
-        path.write_text(
-            json.dumps(evaluate_run(run_dir, random_init=True), indent=2) + "\n", encoding="utf-8"
-        )
-    return dict(json.loads(path.read_text("utf-8"))["accuracy"])

@@ -15,9 +15,9 @@ import numba
 import torch
 from torch import nn
 
-from fast_essl.config import Config, DataConfig, ViewsConfig
+from fast_essl.config import Config, DataConfig, OptimizerConfig, ViewsConfig
 from fast_essl.evaluate_run import resolve_device
-from fast_essl.optim import build_sgd
+from fast_essl.optim import build_optimizer
 from loaders import LOADERS
 from loaders.beton import IMAGE_RAW, read_tables
 from loaders.errors import DataError
@@ -146,7 +146,8 @@ def _loader(name: str) -> Finding:
 
 def _optimizer(device: torch.device) -> Finding:
     """Which implementation of SGD the trainer builds, read from one that it built."""
-    optimizer = build_sgd(nn.Linear(1, 1, device=device), learning_rate=0.1, momentum=0.9, weight_decay=0.0)
+    parameters = nn.Linear(1, 1, device=device).parameters()
+    optimizer = build_optimizer(parameters, OptimizerConfig(), batch_size=256)
     if optimizer.defaults.get("fused"):
         text = "SGD, fused: all parameters in one kernel"
     elif optimizer.defaults.get("foreach") or (

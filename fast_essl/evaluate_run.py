@@ -18,8 +18,7 @@ from fast_essl.checkpoint import load_file
 from fast_essl.config import Config, ConfigError
 from fast_essl.config_io import load_config
 from fast_essl.evaluate import evaluate_backbone, extract_features, knn_accuracy
-from fast_essl.methods import ESimCLR
-from fast_essl.resnet import build_backbone
+from fast_essl.methods import build_method
 from loaders import open_loader
 from loaders.batch import Crops, Views
 from loaders.errors import DataError
@@ -41,25 +40,6 @@ def resolve_device(config: Config) -> tuple[torch.device, torch.dtype]:
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-def build_method(config: Config) -> ESimCLR:
-    """The backbone with projector and prediction head, initialised from the configuration's seed, on the CPU."""
-    torch.manual_seed(config.train.seed)
-    model = config.model
-    backbone = build_backbone(
-        model.backbone, width=model.width, stem=model.stem, zero_init_residual=model.zero_init_residual
-    )
-    return ESimCLR(
-        backbone,
-        projector_hidden=model.projector_hidden,
-        projector_out=model.projector_out,
-        projector_layers=model.projector_layers,
-        temperature=config.method.temperature,
-        equivariance_weight=config.method.equivariance_weight,
-        head_hidden=model.head_hidden,
-        head_form=model.head_form,
-    )
 
 
 def open_split(
@@ -125,7 +105,7 @@ class EvaluationSplits:
         make_views = resolve_view_stage(self._config.data.view_stage, self._device)
         with contextlib.closing(self._loaders[split].epoch(0)) as batches:
             for crops in batches:
-                yield make_views(to_device(crops, self._device), self._recipes, rotate_last=False)
+                yield make_views(to_device(crops, self._device), self._recipes)
 
     def knn_top1(self, backbone: nn.Module) -> float:
         """Top-1 of plain kNN: the online evaluation."""
@@ -156,7 +136,7 @@ def evaluate_run(
     device, _ = resolve_device(config)
     torch.set_num_threads(config.train.num_threads or len(os.sched_getaffinity(0)))
     num_classes = count_classes(config)
-    method, step = build_method(config), 0
+    method, step = build_method(config, num_classes=num_classes), 0
     if not random_init:
         state = load_file(run_dir / run_folder.CHECKPOINT)
         step = state["step"]
@@ -176,3 +156,12 @@ def evaluate_run(
     if not random_init:
         (run_dir / run_folder.EVALUATION).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
+
+
+def random_accuracy(run_dir: Path) -> dict[str, float]:
+    """The accuracy of the backbone that a run started from, measured once and kept in the run's folder."""
+    path = run_dir / run_folder.EVALUATION_RANDOM
+    if not path.exists():
+        result = evaluate_run(run_dir, random_init=True)
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return dict(json.loads(path.read_text("utf-8"))["accuracy"])

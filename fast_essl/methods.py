@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast_essl.heads import HeadForm, prediction_head, projector
-from fast_essl.losses import info_nce
-from fast_essl.resnet import ResNet
-from loaders.batch import NUM_ROTATIONS, Views
+from fast_essl.config import Config, MethodConfig, ModelConfig
+from fast_essl.heads import prediction_head, predictor, projector
+from fast_essl.losses import barlow_twins, info_nce, negative_cosine, nt_xent
+from fast_essl.resnet import ResNet, build_backbone
+from fast_essl.transformations import config_transformations
+from loaders.batch import Views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,66 +22,164 @@ class MethodOutput:
     """The losses of one batch; scalars on the device. All but `loss` are detached, for the log."""
 
     loss: Tensor
-    """L_ssl + λ · L_equivariance."""
+    """L_ssl + λ · L_equivariance, plus the online classifier's, which moves that alone."""
     ssl_loss: Tensor
     equivariance_loss: Tensor | None
     """None without an equivariance objective, as the next."""
     equivariance_accuracy: Tensor | None
     """Share of the transformed copies whose transformation is told."""
+    online_accuracy: Tensor | None
+    """Share of the first views whose class the online classifier tells; None without one."""
 
 
-class ESimCLR(nn.Module):
-    """SimCLR, equivariant to four-fold rotation (Dangovski et al., ICLR 2022); with weight 0 SimCLR alone."""
+class SimCLR(nn.Module):
+    """Two views of an image are told from those of other images (Chen et al., ICML 2020)."""
+
+    def __init__(self, model: ModelConfig, method: MethodConfig, num_features: int) -> None:
+        super().__init__()
+        self.projector = _projector(model, num_features)
+        self._temperature = method.temperature
+        self._loss: Callable[[Tensor, Tensor, float], Tensor] = (
+            info_nce if method.contrastive_loss == "info_nce" else nt_xent
+        )
+
+    def forward(self, features1: Tensor, features2: Tensor) -> Tensor:
+        """(N, D) features of both views → scalar loss."""
+        # In fp32 whatever the autocast type, here and below: the similarities are exponentiated, the rest is summed.
+        z1, z2 = self.projector(features1).float(), self.projector(features2).float()
+        return self._loss(z1, z2, self._temperature)
+
+
+class SimSiam(nn.Module):
+    """One view's embedding predicts the other's, which no gradient reaches (Chen and He, CVPR 2021)."""
+
+    def __init__(self, model: ModelConfig, method: MethodConfig, num_features: int) -> None:
+        super().__init__()
+        self.projector = _projector(model, num_features)
+        self.predictor = predictor(model.projector_out, hidden=model.predictor_hidden)
+
+    def forward(self, features1: Tensor, features2: Tensor) -> Tensor:
+        """(N, D) features of both views → scalar loss."""
+        z1, z2 = self.projector(features1), self.projector(features2)
+        p1, p2 = self.predictor(z1), self.predictor(z2)
+        return negative_cosine(p1.float(), p2.float(), z1.float(), z2.float())
+
+
+class BarlowTwins(nn.Module):
+    """The views' embeddings agree in each dimension, and the dimensions differ (Zbontar et al., ICML 2021)."""
+
+    def __init__(self, model: ModelConfig, method: MethodConfig, num_features: int) -> None:
+        super().__init__()
+        self.projector = _projector(model, num_features)
+        self._off_diagonal_weight = method.off_diagonal_weight
+
+    def forward(self, features1: Tensor, features2: Tensor) -> Tensor:
+        """(N, D) features of both views → scalar loss."""
+        z1, z2 = self.projector(features1).float(), self.projector(features2).float()
+        return barlow_twins(z1, z2, self._off_diagonal_weight)
+
+
+class ESSL(nn.Module):
+    """An SSL method on a backbone, made equivariant to a transformation (Dangovski et al., ICLR 2022)."""
 
     def __init__(
         self,
         backbone: ResNet,
+        ssl: SimCLR | SimSiam | BarlowTwins,
         *,
-        projector_hidden: int = 2048,
-        projector_out: int = 2048,
-        projector_layers: int = 2,
-        temperature: float = 0.5,
-        equivariance_weight: float = 0.4,
-        head_hidden: int = 2048,
-        head_form: HeadForm = "cifar_simclr",
+        equivariance_weight: float,
+        head: nn.Module | None = None,
+        online_classifier: nn.Module | None = None,
     ) -> None:
-        """Put projector and, for a weight above 0, prediction head on a backbone."""
+        """Put the parts together; `head` is None for the plain SSL method."""
         super().__init__()
         self.backbone = backbone
-        self.projector = projector(
-            backbone.num_features, hidden=projector_hidden, out=projector_out, num_layers=projector_layers
-        )
-        self.temperature = temperature
+        self.ssl = ssl
+        self.head = head
+        self.online_classifier = online_classifier
         self.equivariance_weight = equivariance_weight
-        # Made last: SimCLR and E-SimCLR start from the same backbone and projector for the same seed.
-        self.head = (
-            prediction_head(
-                backbone.num_features, hidden=head_hidden, form=head_form, num_classes=NUM_ROTATIONS
-            )
-            if equivariance_weight > 0
-            else None
-        )
+
+    def constant_rate_parameters(self) -> list[nn.Parameter]:
+        """The predictor's, whose learning rate no schedule lowers (SimSiam paper, section 4.3)."""
+        return list(self.ssl.predictor.parameters()) if isinstance(self.ssl, SimSiam) else []
 
     def forward(self, views: Views) -> MethodOutput:
         """Each input passes the backbone on its own, so that BatchNorm sees each view's own statistics."""
         view1, view2 = views.views
-        z1, z2 = self.projector(self.backbone(view1)), self.projector(self.backbone(view2))
-        # In fp32 whatever the autocast type: the similarities are exponentiated.
-        ssl_loss = info_nce(z1.float(), z2.float(), self.temperature)
-        if self.head is None:
-            return MethodOutput(
-                loss=ssl_loss,
-                ssl_loss=ssl_loss.detach(),
-                equivariance_loss=None,
-                equivariance_accuracy=None,
-            )
-        if views.transformed is None or views.transformed_labels is None:
-            raise ValueError("equivariance_weight is above 0, but the batch has no transformed copies")
-        logits = self.head(self.backbone(views.transformed)).float()
-        equivariance_loss = F.cross_entropy(logits, views.transformed_labels)
+        features1, features2 = self.backbone(view1), self.backbone(view2)
+        ssl_loss = self.ssl(features1, features2)
+        loss, equivariance_loss, equivariance_accuracy, online_accuracy = ssl_loss, None, None, None
+        if self.head is not None:
+            if views.transformed is None or views.transformed_labels is None:
+                raise ValueError("equivariance_weight is above 0, but the batch has no transformed copies")
+            logits = self.head(self.backbone(views.transformed)).float()
+            equivariance_loss = F.cross_entropy(logits, views.transformed_labels)
+            equivariance_accuracy = _accuracy(logits, views.transformed_labels)
+            loss = loss + self.equivariance_weight * equivariance_loss
+            equivariance_loss = equivariance_loss.detach()
+        if self.online_classifier is not None:
+            logits = self.online_classifier(features1.detach()).float()
+            online_accuracy = _accuracy(logits, views.labels)
+            loss = loss + F.cross_entropy(logits, views.labels)
         return MethodOutput(
-            loss=ssl_loss + self.equivariance_weight * equivariance_loss,
+            loss=loss,
             ssl_loss=ssl_loss.detach(),
-            equivariance_loss=equivariance_loss.detach(),
-            equivariance_accuracy=(logits.detach().argmax(dim=1) == views.transformed_labels).float().mean(),
+            equivariance_loss=equivariance_loss,
+            equivariance_accuracy=equivariance_accuracy,
+            online_accuracy=online_accuracy,
         )
+
+
+_SSL: dict[str, type[SimCLR] | type[SimSiam] | type[BarlowTwins]] = {
+    "simclr": SimCLR,
+    "simsiam": SimSiam,
+    "barlow_twins": BarlowTwins,
+}
+
+
+def build_method(config: Config, *, num_classes: int) -> ESSL:
+    """The configured method, initialised from the configuration's seed, on the CPU.
+
+    Args: `num_classes` of the data, for the online classifier.
+    Errors: `ConfigError` for a transformation that cannot be built.
+    """
+    model, method = config.model, config.method
+    equivariance, _ = config_transformations(config)
+    torch.manual_seed(config.train.seed)
+    backbone = build_backbone(
+        model.backbone, width=model.width, stem=model.stem, zero_init_residual=model.zero_init_residual
+    )
+    ssl = _SSL[method.name](model, method, backbone.num_features)
+    head = online_classifier = None
+    # Made last: a method and its E-SSL variant start from the same backbone and projector for the same seed.
+    if equivariance is not None:
+        head = prediction_head(
+            backbone.num_features,
+            hidden=model.head_hidden,
+            form=model.head_form,
+            num_classes=equivariance.num_elements,
+            bottleneck=model.head_bottleneck,
+        )
+    if method.online_classifier:
+        online_classifier = nn.Linear(backbone.num_features, num_classes)
+    return ESSL(
+        backbone,
+        ssl,
+        equivariance_weight=method.equivariance_weight,
+        head=head,
+        online_classifier=online_classifier,
+    )
+
+
+def _projector(model: ModelConfig, num_features: int) -> nn.Sequential:
+    return projector(
+        num_features,
+        hidden=model.projector_hidden,
+        out=model.projector_out,
+        num_layers=model.projector_layers,
+        norm=model.projector_norm,
+    )
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.detach().argmax(dim=1) == labels).float().mean()

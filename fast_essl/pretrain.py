@@ -20,19 +20,21 @@ import torch
 from tqdm import tqdm
 
 from fast_essl import run_folder
-from fast_essl.config import Config
+from fast_essl.config import Config, ConfigError
 from fast_essl.config_io import config_to_toml
 from fast_essl.evaluate_run import (
     EvaluationSplits,
-    build_method,
     count_classes,
     open_split,
     resolve_device,
     to_device,
 )
-from fast_essl.optim import build_sgd
+from fast_essl.interchange import load_backbone
+from fast_essl.methods import build_method
+from fast_essl.optim import build_optimizer, set_learning_rates
 from fast_essl.run import Run, StopSignals, Summary
-from fast_essl.schedule import warmup_cosine
+from fast_essl.schedule import learning_rate_share
+from fast_essl.transformations import config_transformations
 from loaders.batch import Crops
 from loaders.views import resolve_view_stage
 
@@ -48,6 +50,8 @@ def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Su
     """
     device, dtype = resolve_device(config)
     train, recipes = config.train, config.crop_recipes()
+    equivariance, invariance = config_transformations(config)
+    _refuse_ranks(train.batch_size)
     torch.set_num_threads(train.num_threads or len(os.sched_getaffinity(0)))
     if train.knn_every:
         count_classes(config)  # the online evaluation would find out only after an epoch
@@ -58,14 +62,16 @@ def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Su
         steps_per_epoch = len(loader)
         schedule_steps = train.epochs * steps_per_epoch
         last_step = min(schedule_steps, train.max_steps or schedule_steps)
-        peak_learning_rate = config.optimizer.base_learning_rate * train.batch_size / 256
         make_views = resolve_view_stage(config.data.view_stage, device)
-        method = build_method(config).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = build_sgd(
-            method,
-            learning_rate=peak_learning_rate,
-            momentum=config.optimizer.momentum,
-            weight_decay=config.optimizer.weight_decay,
+        method = build_method(config, num_classes=loader.num_classes)
+        if train.init_from and not (run_dir / run_folder.CHECKPOINT).exists():
+            load_backbone(method.backbone, Path(train.init_from))
+        method = method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = build_optimizer(
+            method.parameters(),
+            config.optimizer,
+            batch_size=train.batch_size,
+            constant_rate_parameters=method.constant_rate_parameters(),
         )
         scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         run = Run(
@@ -104,16 +110,21 @@ def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Su
         method.train()
         evaluate_if_due()  # where a signal came between an epoch's last step and its evaluation
         for crops in run.meter.waiting_for(batches):
-            learning_rate = warmup_cosine(
-                run.step,
-                peak=peak_learning_rate,
+            per_epoch = config.optimizer.schedule == "epoch"
+            share = learning_rate_share(
+                run.step - run.step % steps_per_epoch if per_epoch else run.step,
                 num_steps=schedule_steps,
                 warmup_steps=config.optimizer.warmup_epochs * steps_per_epoch,
-                final=config.optimizer.final_learning_rate * peak_learning_rate,
+                final=config.optimizer.final_learning_rate,
             )
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            views = make_views(to_device(crops, device), recipes, rotate_last=len(recipes) == 3, dtype=dtype)
+            set_learning_rates(optimizer, share)
+            views = make_views(
+                to_device(crops, device),
+                recipes,
+                equivariance=equivariance,
+                invariance=invariance,
+                dtype=dtype,
+            )
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
                 output = method(views)
             optimizer.zero_grad(set_to_none=True)
@@ -128,11 +139,12 @@ def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Su
             if run.step % train.log_every == 0 or finished:
                 line = run.log(
                     epoch=(run.step - 1) // steps_per_epoch,
-                    learning_rate=learning_rate,
+                    learning_rate=optimizer.param_groups[0]["lr"],
                     loss=output.loss,
                     ssl_loss=output.ssl_loss,
                     equivariance_loss=output.equivariance_loss,
                     equivariance_accuracy=output.equivariance_accuracy,
+                    online_accuracy=output.online_accuracy,
                 )
                 bar.set_postfix(_shown(line), refresh=False)
             if not stopped:
@@ -142,6 +154,17 @@ def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Su
             if stopped:
                 return _summary(run, "stopped", last_step, signals.number)
         return _summary(run, "finished", last_step)
+
+
+def _refuse_ranks(batch_size: int) -> None:
+    """Errors: `ConfigError` under a launcher of several ranks: training on them is not there yet."""
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_ranks > 1 and batch_size % num_ranks:
+        raise ConfigError(f"train.batch_size = {batch_size}: must be a multiple of the {num_ranks} ranks")
+    if num_ranks > 1:
+        raise ConfigError(
+            f"WORLD_SIZE = {num_ranks}: pretraining runs on one rank so far; start it without torchrun"
+        )
 
 
 def _summary(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import difflib
-import io
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -13,20 +11,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from PIL import Image
-
 from fast_essl import run_folder
 from fast_essl.charts import Level, Series, line_chart
 from fast_essl.config import Config, ConfigError
 from fast_essl.config_io import load_config
 from fast_essl.report_style import NUM_COLORS, STYLE
-from loaders import open_loader
-from loaders.batch import NUM_ROTATIONS, Views
-from loaders.recipe import Recipe
-from loaders.views.reference import make_views
+from fast_essl.report_views import element_names, png, sample_views
+from fast_essl.transformations import config_transformations
 
 REPORT = "report.html"
 ACCURACY_NAMES = {
@@ -36,7 +27,7 @@ ACCURACY_NAMES = {
     "probe_top5": "linear probe, top-5",
 }
 """What the table shows of evaluation.json's `accuracy`, and how it is called there."""
-_METHOD_NAMES = {"simclr": "SimCLR"}
+_METHOD_NAMES = {"simclr": "SimCLR", "simsiam": "SimSiam", "barlow_twins": "Barlow Twins"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +197,9 @@ def _accuracy_section(runs: Sequence[RunRecord], random_accuracy: dict[str, floa
 
 def _curves_section(runs: Sequence[RunRecord], random_accuracy: dict[str, float]) -> str:
     random_knn = random_accuracy.get("knn_top1")
+    nums_elements = {images_a_sample(run.config) - 2 for run in runs} - {0}
+    # One line of chance serves all runs, or none.
+    chance = 1 / nums_elements.pop() if len(nums_elements) == 1 else None
     charts = [
         _chart(
             runs,
@@ -220,8 +214,9 @@ def _curves_section(runs: Sequence[RunRecord], random_accuracy: dict[str, float]
             "Equivariance accuracy",
             "equivariance_accuracy",
             ("{:.0%}", "{:.1%}"),
-            level=("chance", 1 / NUM_ROTATIONS),
+            level=("chance", chance),
         ),
+        _chart(runs, "Online classifier", "online_accuracy", ("{:.0%}", "{:.1%}")),
         _chart(runs, "SSL loss", "ssl_loss", ("{:.1f}", "{:.3f}")),
         _chart(runs, "Equivariance loss", "equivariance_loss", ("{:.1f}", "{:.3f}")),
     ]
@@ -254,66 +249,20 @@ def _views_section(run: RunRecord, num_samples: int) -> str:
     data = run.config.data.train
     if not data.exists():
         return _section(title, f"<p>{escape(str(data))} is not on this machine, so no views are shown.</p>")
-    rows = ""
     grid = sample_views(run.config, num_samples)
+    rows = ""
     for name, *images in grid:
-        tiles = "".join(f'<td><img alt="" src="{_png(image)}"></td>' for image in images)
+        tiles = "".join(f'<td><img alt="" src="{png(image)}"></td>' for image in images)
         rows += f"<tr><th>{escape(name)}</th>{tiles}</tr>"
-    names = ["image", "view 1", "view 2"]
-    if len(grid[0]) > len(names) + 1:
-        names += [f"{90 * k}°" for k in range(NUM_ROTATIONS)]
+    chosen, num_copies = run.config.transformation, len(grid[0]) - 4
+    names = ["image", "view 1", "view 2", *element_names(chosen.equivariance, num_copies)]
     head = "".join(f"<th>{name}</th>" for name in names)
     note = "The first images of the first step as this run saw them, with their class. SSL pulls the two views together"
-    note += (
-        "; the prediction head tells the four rotations of the third crop apart." if len(names) > 3 else "."
-    )
-    return _section(title, _table(head, rows, "views"), note)
-
-
-def sample_views(config: Config, num_samples: int) -> list[tuple[Any, ...]]:
-    """The first images of a run's first step, as they were and as its views.
-
-    Returns: for each, the class's name, then (S, S, 3) uint8: the evaluation image, both views and, where the run has
-    an equivariance loss, the third crop's rotations by 0, 90, 180 and 270 degrees counter-clockwise.
-    """
-    recipes, evaluation = config.crop_recipes(), config.views.evaluation()
-    views, class_names = _first_batch(config, recipes, num_samples, rotate_last=len(recipes) == 3)
-    originals, _ = _first_batch(config, (evaluation,), num_samples, rotate_last=False)
-    columns = [_pixels(originals.views[0], evaluation)]
-    columns += [_pixels(view, recipe) for view, recipe in zip(views.views, recipes, strict=False)]
-    if views.transformed is not None:
-        copies = _pixels(views.transformed, recipes[-1])
-        columns += np.split(copies, NUM_ROTATIONS)
-    names = [class_names[label] for label in views.labels.tolist()]
-    return list(zip(names, *columns, strict=True))
-
-
-def _first_batch(
-    config: Config, recipes: tuple[Recipe, ...], num_samples: int, *, rotate_last: bool
-) -> tuple[Views, Sequence[str]]:
-    # A sample's views do not depend on the loader or the batch it falls in: a small one shows what the run saw.
-    loader = open_loader(
-        "torch", config.data.train, recipes, batch_size=num_samples, seed=config.train.seed, num_workers=1
-    )
-    batches = loader.epoch(0)
-    try:
-        return make_views(next(batches), recipes, rotate_last=rotate_last), loader.manifest.class_names
-    finally:
-        batches.close()
-        loader.close()
-
-
-def _pixels(images: torch.Tensor, recipe: Recipe) -> npt.NDArray[np.uint8]:
-    """Normalised (N, 3, S, S) back to (N, S, S, 3) uint8."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (recipe.mean, recipe.std))
-    levels = ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-    return levels.permute(0, 2, 3, 1).contiguous().numpy()
-
-
-def _png(image: npt.NDArray[np.uint8]) -> str:
-    out = io.BytesIO()
-    Image.fromarray(image).save(out, format="PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+    if num_copies > 0:
+        note += f"; the prediction head tells the copies of the third crop apart ({chosen.equivariance})"
+    if chosen.invariance != "none":
+        note += f"; each view is transformed by a random element of {chosen.invariance}"
+    return _section(title, _table(head, rows, "views"), f"{note}.")
 
 
 def _speed_section(runs: Sequence[RunRecord]) -> str:
@@ -344,7 +293,8 @@ def _speed_section(runs: Sequence[RunRecord]) -> str:
 
 def images_a_sample(config: Config) -> int:
     """How many images the backbone sees of one sample: two views and, with an equivariance loss, |G| copies."""
-    return 2 + (NUM_ROTATIONS if config.method.equivariance_weight > 0 else 0)
+    equivariance, _ = config_transformations(config)
+    return 2 + (equivariance.num_elements if equivariance is not None else 0)
 
 
 def _config_section(runs: Sequence[RunRecord]) -> str:

@@ -24,6 +24,7 @@ ENVIRONMENT = "environment.json"
 CHECKPOINT = "last.pt"
 BACKBONE = "backbone.pt"
 EVALUATION = "evaluation.json"
+EVALUATION_RANDOM = "evaluation-random.json"
 
 
 class MetricsFile:

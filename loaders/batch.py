@@ -8,9 +8,6 @@ import torch
 
 from loaders.parameters import ViewParameters
 
-NUM_ROTATIONS = 4
-"""|G| of the four-fold rotation."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Crops:
@@ -33,9 +30,9 @@ class Views:
     views: tuple[torch.Tensor, ...]
     """(N, 3, S, S) each, normalised, channels-last, in the compute dtype."""
     transformed: torch.Tensor | None
-    """(|G|·N, 3, s, s) transformed copies, channels-last, block-ordered: all samples at k = 0, then k = 1, …"""
+    """(|G|·N, 3, s, s) transformed copies, channels-last, block-ordered: all samples by element 0, then 1, …"""
     transformed_labels: torch.Tensor | None
-    """(|G|·N,) int64, the k of each copy."""
+    """(|G|·N,) int64, the element of each copy."""
     labels: torch.Tensor
     """(N,) int64 class numbers."""
     indices: torch.Tensor

@@ -6,7 +6,7 @@ has its block, so that no choice shifts another:
 
     block 0      flip, jitter on or off, grey, blur on or off
     block 1      brightness, contrast, saturation, hue
-    block 2      jitter order, blur sigma, solarize, (spare)
+    block 2      jitter order, blur sigma, solarize, element of a transformation
     block 3 + t  t-th attempt at a crop box: area, log ratio, top, left
 """
 
@@ -69,6 +69,8 @@ class ViewParameters:
     """(N, V) float32: standard deviation of the Gaussian blur, pixels of the view; 0 is no blur."""
     solarize: np.ndarray
     """(N, V) uint8: 1 inverts levels of 128 and above."""
+    element_word: np.ndarray
+    """(N, V) uint32: uniform word that chooses the element of a transformation used as augmentation."""
 
     def __len__(self) -> int:
         return len(self.flip)
@@ -108,6 +110,7 @@ def draw_parameters(
         grey=np.empty(shape, np.uint8),
         blur_sigma=np.empty(shape, np.float32),
         solarize=np.empty(shape, np.uint8),
+        element_word=np.empty(shape, np.uint32),
     )
     _draw(
         np.array([_settings(recipe) for recipe in recipes], dtype=np.float64),
@@ -123,6 +126,7 @@ def draw_parameters(
         parameters.grey,
         parameters.blur_sigma,
         parameters.solarize,
+        parameters.element_word,
     )
     return parameters
 
@@ -223,6 +227,7 @@ def _draw(  # type: ignore[no-untyped-def]
     grey,
     blur_sigma,
     solarize,
+    element_word,
 ):
     for n in range(len(indices)):
         index = indices[n]
@@ -247,6 +252,7 @@ def _draw(  # type: ignore[no-untyped-def]
             if _uniform(gates[3], 0.0, 1.0) < row[_BLUR_P]:
                 blur_sigma[n, v] = _uniform(others[1], row[_BLUR_LOW], row[_BLUR_HIGH])
             solarize[n, v] = _uniform(others[2], 0.0, 1.0) < row[_SOLARIZE_P]
+            element_word[n, v] = others[3]
             if row[_CENTER] > 0:
                 _center_box(row, heights[n], widths[n], box[n, v])
             else:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -20,3 +22,17 @@ def photograph(seed: int, height: int, width: int) -> Image.Image:
     pixels[height // 3 :, width // 2 :] *= 0.6
     pixels += random.normal(0, 4, pixels.shape)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def parity(name: str) -> Any:
+    """The arrays of a file of reference numbers, by name; the test is skipped where the file is not there."""
+    path = SHARED / "parity" / f"{name}.npz"
+    if not path.exists():
+        pytest.skip("needs ../shared/parity")
+    return np.load(path)
+
+
+def assert_close(tensor: Any, expected: Any, relative: float = 1e-9) -> None:
+    """A tensor equals an array, up to a share of the array's largest value."""
+    expected = np.asarray(expected)
+    assert np.abs(np.asarray(tensor.detach()) - expected).max() <= relative * np.abs(expected).max()

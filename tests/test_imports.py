@@ -18,7 +18,7 @@ SOURCES = sorted(path for package in ("fast_essl", "loaders") for path in (ROOT 
 ACCELERATORS = {
     "ffcv": "loaders/ffcv_loader.py",
     "nvidia": None,
-    "apex": None,
+    "apex": "fast_essl/optim.py",
     "triton": None,
 }
 # From the commands down to the parts: a module imports none of the levels above its own.

@@ -7,14 +7,16 @@ The planes of a 224² view are 600 kB: they stay in a core's second-level cache 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numba
 import numpy as np
 import torch
 
-from loaders.batch import NUM_ROTATIONS, Crops, Views
+from loaders.batch import Crops, Views
 from loaders.parameters import ViewParameters
 from loaders.recipe import Recipe
+from loaders.transformation import Transformation, source_pixels
 
 # Sums may be reordered and fused; NaN and infinity keep their meaning.
 _FAST = {"contract", "reassoc", "arcp", "nsz"}
@@ -25,31 +27,56 @@ _SOLARIZE_THRESHOLD = np.float32(128 / 255)
 
 
 def make_views(
-    crops: Crops, recipes: tuple[Recipe, ...], *, rotate_last: bool, dtype: torch.dtype = torch.float32
+    crops: Crops,
+    recipes: tuple[Recipe, ...],
+    *,
+    equivariance: Transformation | None = None,
+    invariance: Transformation | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Views:
     """As `loaders.views.reference.make_views`, for crops in main memory; computed in float32, then cast to `dtype`."""
-    views = [
-        _augment(images.numpy(), crops.parameters.view(number), recipe, 1)
-        for number, (images, recipe) in enumerate(zip(crops.images, recipes, strict=True))
-        if not (rotate_last and number == len(recipes) - 1)
-    ]
-    transformed = labels = None
-    if rotate_last:
-        table = crops.parameters.view(len(recipes) - 1)
-        transformed = _augment(crops.images[-1].numpy(), table, recipes[-1], NUM_ROTATIONS).to(dtype)
-        labels = torch.arange(NUM_ROTATIONS).repeat_interleave(len(crops.labels))
+    made = []
+    for number, (images, recipe) in enumerate(zip(crops.images, recipes, strict=True)):
+        table = crops.parameters.view(number)
+        if equivariance is not None and number == len(recipes) - 1:
+            view = _augment(images.numpy(), table, recipe, equivariance, None)
+        elif invariance is not None:
+            words = torch.from_numpy(table.element_word.astype(np.int64))
+            view = _augment(images.numpy(), table, recipe, invariance, invariance.drawn_labels(words))
+        else:
+            view = _augment(images.numpy(), table, recipe, None, None)
+        made.append(view.to(dtype))
+    transformed = made.pop() if equivariance is not None else None
     return Views(
-        views=tuple(view.to(dtype) for view in views),
+        views=tuple(made),
         transformed=transformed,
-        transformed_labels=labels,
+        transformed_labels=equivariance.labels(len(crops.labels)) if equivariance is not None else None,
         labels=crops.labels,
         indices=crops.indices,
     )
 
 
-def _augment(images: np.ndarray, table: ViewParameters, recipe: Recipe, num_copies: int) -> torch.Tensor:
-    """(N, S, S, 3) uint8 → (num_copies · N, 3, S, S) float32, channels-last, block-ordered."""
+def _augment(
+    images: np.ndarray,
+    table: ViewParameters,
+    recipe: Recipe,
+    transformation: Transformation | None,
+    labels: torch.Tensor | None,
+) -> torch.Tensor:
+    """(N, S, S, 3) uint8 → (N, 3, S, S) float32, channels-last, each by its own element of the transformation.
+
+    Without `labels` all copies are made: (|G|·N, 3, S, S), block-ordered.
+    """
     num_images, size = images.shape[:2]
+    mean, std = np.array(recipe.mean, np.float32), np.array(recipe.std, np.float32)
+    pixels = source_pixels(transformation, size) if transformation is not None else None
+    if transformation is not None and pixels is None:
+        # The function wants levels in [0, 1]; it is torch's work, like normalising after it.
+        view = _augment(images, table, replace(recipe, mean=(0, 0, 0), std=(1, 1, 1)), None, None)
+        copies = transformation.copies(view) if labels is None else transformation.one_each(view, labels)
+        copies = copies.sub_(torch.from_numpy(mean).view(3, 1, 1)).div_(torch.from_numpy(std).view(3, 1, 1))
+        return copies.contiguous(memory_format=torch.channels_last)
+    num_copies = transformation.num_elements if transformation is not None and labels is None else 1
     # numpy asks for huge pages, torch does not: faulting in 4 KiB pages costs more than the augmentations.
     out = np.empty((num_copies * num_images, size, size, 3), np.float32)
     _augment_all(
@@ -60,9 +87,10 @@ def _augment(images: np.ndarray, table: ViewParameters, recipe: Recipe, num_copi
         table.grey,
         table.blur_sigma,
         table.solarize,
-        np.array(recipe.mean, np.float32),
-        np.array([1 / deviation for deviation in recipe.std], np.float32),
-        num_copies,
+        mean,
+        1 / std,
+        np.empty((0, 0), np.int64) if pixels is None else pixels.numpy(),
+        np.empty(0, np.int64) if labels is None else labels.numpy(),
         out,
     )
     return torch.from_numpy(out).permute(0, 3, 1, 2)
@@ -70,7 +98,7 @@ def _augment(images: np.ndarray, table: ViewParameters, recipe: Recipe, num_copi
 
 @numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy", fastmath=_FAST)
 def _augment_all(  # type: ignore[no-untyped-def]
-    images, flip, jitter, jitter_order, grey, blur_sigma, solarize, mean, inverse_std, num_copies, out
+    images, flip, jitter, jitter_order, grey, blur_sigma, solarize, mean, inverse_std, pixels, labels, out
 ):
     num_images, size = images.shape[0], images.shape[1]
     for n in numba.prange(num_images):
@@ -94,9 +122,16 @@ def _augment_all(  # type: ignore[no-untyped-def]
             _blur(image, blur_sigma[n])
         if solarize[n] == 1:
             _solarize(planes)
-        _store(image, mean, inverse_std, out, n)
-        if num_copies == 4:
-            _rotate(out, n, num_images, size)
+        if len(pixels) == 0:
+            _store(image, mean, inverse_std, out, n)
+            continue
+        view = np.empty((1, size, size, 3), np.float32)
+        _store(image, mean, inverse_std, view, 0)
+        if len(labels) > 0:
+            _rearrange(view, pixels, labels[n], out, n)
+        else:
+            for element in range(len(pixels)):
+                _rearrange(view, pixels, element, out, element * num_images + n)
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=_FAST)
@@ -245,12 +280,12 @@ def _store(image, mean, inverse_std, out, n):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=_FAST)
-def _rotate(out, n, num_images, size):  # type: ignore[no-untyped-def]
-    """Write the copies at 90°, 180° and 270° counter-clockwise beside the one at 0°."""
-    last = size - 1
+def _rearrange(view, pixels, element, out, row):  # type: ignore[no-untyped-def]
+    """Write into a row of `out` the pixels of a view in the order of an element."""
+    size = view.shape[1]
     for y in range(size):
         for x in range(size):
+            source = pixels[element, y * size + x]
+            source_y, source_x = source // size, source % size
             for channel in range(3):
-                out[num_images + n, y, x, channel] = out[n, x, last - y, channel]
-                out[2 * num_images + n, y, x, channel] = out[n, last - y, last - x, channel]
-                out[3 * num_images + n, y, x, channel] = out[n, last - x, y, channel]
+                out[row, y, x, channel] = view[0, source_y, source_x, channel]

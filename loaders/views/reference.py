@@ -3,7 +3,7 @@
 In order, in float32 on [0, 1], without rounding in between:
 
     flip → jitter (brightness, contrast, saturation, hue in each sample's own order, clamped after each)
-         → grey → Gaussian blur → solarize → the rotated copies → normalise
+         → grey → Gaussian blur → solarize → transformation → normalise
 
 Jitter is torchvision's of float tensors (`adjust_brightness`, `adjust_contrast`, `adjust_saturation`, `adjust_hue`); an
 operation whose parameter is exactly its identity is left out.
@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loaders.batch import NUM_ROTATIONS, Crops, Views
+from loaders.batch import Crops, Views
 from loaders.parameters import ViewParameters
 from loaders.recipe import Recipe
+from loaders.transformation import Transformation
 
 GREY_WEIGHTS = (0.2989, 0.587, 0.114)
 """Of red, green and blue; ITU-R BT.601, as torchvision rounds them."""
@@ -29,32 +30,44 @@ SOLARIZE_THRESHOLD = 128 / 255
 
 
 def make_views(
-    crops: Crops, recipes: tuple[Recipe, ...], *, rotate_last: bool, dtype: torch.dtype = torch.float32
+    crops: Crops,
+    recipes: tuple[Recipe, ...],
+    *,
+    equivariance: Transformation | None = None,
+    invariance: Transformation | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Views:
     """Augment and normalise the crops, each by its own column of the parameter table.
 
-    Args: `recipes` one a crop; `rotate_last` makes the last crop the four rotated copies instead of a view; `dtype` of
-    the result.
+    Args: `recipes` one a crop; with `equivariance` the last crop is not a view, but is transformed in all its ways;
+    with `invariance` each of the other crops is transformed by the element that the table draws for it; `dtype` of the
+    result.
     Returns: `Views` on the device of the crops.
     """
-    augmented = [
-        normalise(augment(images, crops.parameters.view(number)), recipe).to(
-            dtype, memory_format=torch.channels_last
-        )
-        for number, (images, recipe) in enumerate(zip(crops.images, recipes, strict=True))
-    ]
-    transformed, labels = rotate_four(augmented.pop()) if rotate_last else (None, None)
+    made = []
+    for number, (images, recipe) in enumerate(zip(crops.images, recipes, strict=True)):
+        table = crops.parameters.view(number)
+        view = augment(images, table)
+        if equivariance is not None and number == len(recipes) - 1:
+            view = equivariance.copies(view)
+        elif invariance is not None:
+            words = torch.from_numpy(table.element_word.astype(np.int64)).to(view.device)
+            view = invariance.one_each(view, invariance.drawn_labels(words))
+        made.append(normalise(view, recipe).to(dtype, memory_format=torch.channels_last))
+    transformed = made.pop() if equivariance is not None else None
     return Views(
-        views=tuple(augmented),
+        views=tuple(made),
         transformed=transformed,
-        transformed_labels=labels,
+        transformed_labels=equivariance.labels(len(crops.labels), crops.labels.device)
+        if equivariance
+        else None,
         labels=crops.labels,
         indices=crops.indices,
     )
 
 
 def augment(images: Tensor, parameters: ViewParameters) -> Tensor:
-    """All of the specification before the rotated copies.
+    """All of the specification before the transformation.
 
     Args: `images` (N, S, S, 3) uint8; `parameters` of one view, N rows.
     Returns: (N, 3, S, S) float32 in [0, 1].
@@ -133,7 +146,7 @@ def gaussian_weights(sigma: float, size: int) -> np.ndarray:
 
 def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
     """Blur one (3, H, W) image, borders reflected without repeating the edge."""
-    weights = torch.from_numpy(gaussian_weights(sigma, min(image.shape[1:]))).to(image.device)
+    weights = torch.from_numpy(gaussian_weights(sigma, min(image.shape[1:]))).to(image)
     radius = len(weights) // 2
     padded = F.pad(image[:, None], (radius,) * 4, mode="reflect")
     rows = F.conv2d(padded, weights.view(1, 1, 1, -1))
@@ -146,14 +159,3 @@ def normalise(image: Tensor, recipe: Recipe) -> Tensor:
         torch.tensor(values, device=image.device).view(3, 1, 1) for values in (recipe.mean, recipe.std)
     )
     return (image - mean) / std
-
-
-def rotate_four(images: Tensor) -> tuple[Tensor, Tensor]:
-    """The four-fold rotations, counter-clockwise as `torch.rot90`, block-ordered.
-
-    Args: `images` (N, C, S, S).
-    Returns: (4N, C, S, S), all samples at k = 0, then k = 1, …, channels-last; (4N,) int64 labels k.
-    """
-    copies = torch.cat([torch.rot90(images, k, (2, 3)) for k in range(NUM_ROTATIONS)])
-    labels = torch.arange(NUM_ROTATIONS, device=images.device).repeat_interleave(len(images))
-    return copies.contiguous(memory_format=torch.channels_last), labels

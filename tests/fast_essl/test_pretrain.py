@@ -109,7 +109,7 @@ def test_training_changes_all_weights_and_lowers_the_loss(tiny_config: Path, tmp
         "--train.epochs 12 --optimizer.base-learning-rate 2 --train.knn-every 0 --train.log-every 4",
     )
     pretrain(config, tmp_path, show_progress=False)
-    initial = dict(pretrain_module.build_method(config).named_parameters())
+    initial = dict(pretrain_module.build_method(config, num_classes=2).named_parameters())
     trained = load_file(tmp_path / run_folder.CHECKPOINT)["method"]
     assert [name for name, value in initial.items() if torch.equal(value, trained[name])] == []
     losses = [line["loss"] for line in _lines(tmp_path)]
@@ -191,7 +191,7 @@ def test_a_loss_that_is_not_finite_before_any_checkpoint(
 def test_weights_that_are_not_finite_are_never_saved(
     tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = pretrain_module.build_sgd
+    build = pretrain_module.build_optimizer
 
     def build_exploding(*args: Any, **kwargs: Any) -> Any:
         optimizer = build(*args, **kwargs)
@@ -205,7 +205,7 @@ def test_weights_that_are_not_finite_are_never_saved(
         monkeypatch.setattr(optimizer, "step", step_to_infinity)
         return optimizer
 
-    monkeypatch.setattr(pretrain_module, "build_sgd", build_exploding)
+    monkeypatch.setattr(pretrain_module, "build_optimizer", build_exploding)
     with pytest.raises(NonFiniteLossError, match="the weights are not finite after step 1"):
         pretrain(_config(tiny_config, "--train.checkpoint-every 1"), tmp_path, show_progress=False)
     assert not (tmp_path / run_folder.CHECKPOINT).exists()

@@ -93,6 +93,9 @@ def test_frequencies_and_ranges_are_the_recipe_s():
     orders, counts = np.unique(first.jitter_order, axis=0, return_counts=True)
     assert len(orders) == 24 and counts.min() > 0.8 * count / 24
     assert (np.sort(orders, axis=1) == np.arange(4)).all()
+    # Four elements, as a transformation draws them: each a quarter.
+    elements = first.element_word.astype(np.int64) * 4 >> 32
+    assert np.abs(np.bincount(elements) / count - 0.25).max() < tolerance
     second = table.view(1)
     assert (second.jitter[:, 0] == 1).all() and (second.jitter[:, 3] == 0).all()
 

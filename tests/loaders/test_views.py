@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from support import SHARED, photograph
+from support import photograph
 
+from fast_essl.transformations import TRANSFORMATIONS, build_transformation
 from loaders.batch import Crops
 from loaders.errors import DataError
 from loaders.parameters import ViewParameters, draw_parameters
 from loaders.recipe import Recipe
 from loaders.views import cpu, reference, resolve_view_stage
 
+ROTATION = build_transformation("four_fold_rotation", size=8)
 NOTHING = Recipe.evaluation(20)
 IDENTITY = {
     "jitter": (1, 1, 1, 0),
@@ -26,6 +28,7 @@ IDENTITY = {
     "flip": 0,
     "grey": 0,
     "solarize": 0,
+    "element_word": 0,
 }
 
 
@@ -36,7 +39,7 @@ def photographs(count, size):
 def table(count, **columns):
     """A parameter table of one view in which every sample has the same values."""
     values = {"box": (0, 0, 1, 1), **IDENTITY, **columns}
-    types = {"box": np.int32, "jitter": np.float32, "blur_sigma": np.float32}
+    types = {"box": np.int32, "jitter": np.float32, "blur_sigma": np.float32, "element_word": np.uint32}
     return ViewParameters(
         **{
             field.name: np.array([[values[field.name]]] * count, dtype=types.get(field.name, np.uint8))
@@ -55,7 +58,7 @@ def crops(images, parameters):
 def pixels(module, images, **columns):
     """One view, before normalisation, as (N, S, S, 3) in [0, 255]."""
     recipe = replace(NOTHING, size=images.shape[1])
-    views = module.make_views(crops([images], table(len(images), **columns)), (recipe,), rotate_last=False)
+    views = module.make_views(crops([images], table(len(images), **columns)), (recipe,))
     return unnormalise(views.views[0], recipe).permute(0, 2, 3, 1) * 255
 
 
@@ -156,7 +159,7 @@ def test_the_order_of_the_jitter_is_each_sample_s_own(module):
     jitter = (1.4, 0.6, 1.4, 0.1)
     parameters = replace(table(24, jitter=jitter), jitter_order=np.array(orders, np.uint8)[:, None])
     recipe = replace(NOTHING, size=14)
-    view = module.make_views(crops([images], parameters), (recipe,), rotate_last=False).views[0]
+    view = module.make_views(crops([images], parameters), (recipe,)).views[0]
     result = unnormalise(view, recipe)
     operations = [
         reference.adjust_brightness,
@@ -186,8 +189,8 @@ def test_numba_equals_the_reference_within_a_level(size):
         widths=np.full(count, 50),
     )
     batch = crops([photographs(count, size) for _ in recipes], parameters)
-    ours = cpu.make_views(batch, recipes, rotate_last=True)
-    expected = reference.make_views(batch, recipes, rotate_last=True)
+    ours = cpu.make_views(batch, recipes, equivariance=ROTATION)
+    expected = reference.make_views(batch, recipes, equivariance=ROTATION)
     for view, other in zip(
         (*ours.views, ours.transformed), (*expected.views, expected.transformed), strict=True
     ):
@@ -206,7 +209,7 @@ def test_views_have_the_promised_form(module, dtype):
             recipes, seed=0, epoch=0, indices=np.arange(3), heights=np.full(3, 9), widths=np.full(3, 9)
         ),
     )
-    views = module.make_views(batch, recipes, rotate_last=True, dtype=dtype)
+    views = module.make_views(batch, recipes, equivariance=ROTATION, dtype=dtype)
     assert [tuple(view.shape) for view in views.views] == [(3, 3, 20, 20)] * 2
     assert tuple(views.transformed.shape) == (12, 3, 10, 10)
     for view in (*views.views, views.transformed):
@@ -216,19 +219,41 @@ def test_views_have_the_promised_form(module, dtype):
     for k in range(4):
         expected = torch.rot90(views.transformed[:3], k, (2, 3))
         assert torch.equal(views.transformed[3 * k : 3 * k + 3], expected)
-    plain = module.make_views(batch, recipes, rotate_last=False, dtype=dtype)
+    plain = module.make_views(batch, recipes, dtype=dtype)
     assert len(plain.views) == 3 and plain.transformed is None and plain.transformed_labels is None
     assert torch.equal(plain.views[2], views.transformed[:3])
 
 
-def test_rotations_are_the_official_ones():
-    path = SHARED / "parity" / "rotate_images.npz"
-    if not path.exists():
-        pytest.skip("needs ../shared/parity")
-    official = np.load(path)
-    copies, labels = reference.rotate_four(torch.from_numpy(official["images"]))
-    assert np.array_equal(copies.numpy(), official["rotated"])
-    assert np.array_equal(labels.numpy(), official["labels"])
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_both_stages_make_the_same_copies_of_every_transformation(name):
+    """Equivariant to one and invariant to the same: the last crop in all ways, the others by the drawn element."""
+    transformation = build_transformation(name, size=14)
+    recipe = Recipe(size=14, jitter_p=0.5)
+    count = 30
+    parameters = draw_parameters(
+        (recipe,) * 3,
+        seed=5,
+        epoch=1,
+        indices=np.arange(count),
+        heights=np.full(count, 50),
+        widths=np.full(count, 50),
+    )
+    batch = crops([photographs(count, 14) for _ in range(3)], parameters)
+    chosen = {"equivariance": transformation, "invariance": transformation}
+    ours, expected = (module.make_views(batch, (recipe,) * 3, **chosen) for module in (cpu, reference))
+    assert len(ours.transformed) == transformation.num_elements * count and len(ours.views) == 2
+    for view, other in zip(
+        (*ours.views, ours.transformed), (*expected.views, expected.transformed), strict=True
+    ):
+        assert view.shape == other.shape and view.is_contiguous(memory_format=torch.channels_last)
+        assert ((unnormalise(view, recipe) - unnormalise(other, recipe)).abs() * 255).max() <= 1
+    # Each view is the copy that its word in the table asks for.
+    all_copies = transformation.copies(reference.augment(batch.images[0], parameters.view(0)))
+    for n in range(count):
+        element = int(parameters.element_word[n, 0]) * transformation.num_elements // 2**32
+        assert torch.allclose(
+            unnormalise(expected.views[0], recipe)[n], all_copies[element * count + n], atol=1e-5
+        )
 
 
 def test_the_stage_is_chosen_by_device():

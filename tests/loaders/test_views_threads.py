@@ -15,8 +15,10 @@ import torch
 from loaders.batch import Crops
 from loaders.parameters import draw_parameters
 from loaders.recipe import Recipe
+from fast_essl.transformations import build_transformation
 from loaders.views.cpu import make_views
 
+rotation = build_transformation("four_fold_rotation", size=24)
 recipes = (Recipe(size=24, blur_p=0.5, solarize_p=0.5),) * 2
 rows = np.arange(8)
 parameters = draw_parameters(
@@ -26,12 +28,12 @@ images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, 24, 24, 
 crops = Crops(
     images=(images, images), labels=torch.arange(8), indices=torch.arange(8), parameters=parameters
 )
-expected = make_views(crops, recipes, rotate_last=True)
+expected = make_views(crops, recipes, equivariance=rotation)
 num_equal = [0, 0, 0]
 
 def call(thread):
     for _ in range(100):
-        views = make_views(crops, recipes, rotate_last=True)
+        views = make_views(crops, recipes, equivariance=rotation)
         num_equal[thread] += torch.equal(views.views[0], expected.views[0])
         num_equal[thread] += torch.equal(views.transformed, expected.transformed)
 
