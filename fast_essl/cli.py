@@ -20,6 +20,9 @@ from loaders.errors import DataError
 
 PRETRAIN_USAGE = "fast-essl pretrain CONFIG [--run-dir DIR] [--section.field VALUE ...]"
 
+TAKE_OVERRIDES = ("pretrain", "evaluate", "probe", "finetune", "study", "demo")
+"""Commands that take `--section.field VALUE`."""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -31,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns its exit code."""
     parser = _build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command not in ("pretrain", "evaluate", "demo"):
+    if rest and arguments.command not in TAKE_OVERRIDES:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.overrides = rest
     try:
@@ -108,13 +111,60 @@ def _build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser(
         "evaluate",
-        help="kNN and linear probe of a run's backbone",
-        description="Evaluate the checkpoint in a run's folder and write evaluation.json there.",
-        epilog="Any field of the run's config.toml can be overridden: --data.test FILE, --train.device cpu, ...",
+        help="kNN and the fast linear probe of a run's backbone, or of a checkpoint's",
+        description="Evaluate the checkpoint in a run's folder and write evaluation.json there; or the backbone in a "
+        "checkpoint file of fast_essl or of the official release, with the network and images of CONFIG.",
+        epilog="Any field of the configuration can be overridden: --data.test FILE, --train.device cpu, ...",
         allow_abbrev=False,
     )
     evaluate.set_defaults(run=_evaluate)
-    evaluate.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder")
+    evaluate.add_argument("source", type=Path, metavar="RUN|FILE", help="a run's folder, or a checkpoint")
+    evaluate.add_argument("--config", type=Path, metavar="CONFIG", help="what a checkpoint FILE is")
+
+    for name, function, text in (
+        ("probe", _probe, "the paper's linear probe: SGD on augmented images, the backbone frozen"),
+        ("finetune", _finetune, "semi-supervised fine-tuning on a share of the labels"),
+    ):
+        protocol = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}; writes its JSON to the run's folder.",
+            epilog=f"Any field of the run's config.toml can be overridden: --{name}.epochs 10, ...",
+            allow_abbrev=False,
+        )
+        protocol.set_defaults(run=function)
+        protocol.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder")
+
+    export = commands.add_parser(
+        "export",
+        help="a backbone with torchvision's key names, as .pth or .safetensors",
+        description="Write the backbone of a run or a checkpoint as a bare state dict with torchvision's key names.",
+        allow_abbrev=False,
+    )
+    export.set_defaults(run=_export)
+    export.add_argument("source", type=Path, metavar="RUN|FILE", help="a run's folder, or a checkpoint")
+    export.add_argument("out", type=Path, metavar="OUT", help="the file to write, .pth or .safetensors")
+    export.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
+
+    study = commands.add_parser(
+        "study",
+        help="a table of runs: rows against columns, over seeds",
+        description="Pretrain and evaluate all runs of STUDY, print their table and write study.json.",
+        epilog="Any configuration field can be overridden for all runs: --train.epochs 2, ...",
+        allow_abbrev=False,
+    )
+    study.set_defaults(run=_study)
+    study.add_argument(
+        "study", type=Path, metavar="STUDY", help="a TOML file, or the name of one in configs/"
+    )
+    study.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the runs (default: runs/<STUDY's name>)"
+    )
+
+    transformations = commands.add_parser(
+        "transformations", help="what features can be made sensitive or insensitive to", allow_abbrev=False
+    )
+    transformations.set_defaults(run=_transformations)
 
     report = commands.add_parser("report", help="one HTML page of a run", allow_abbrev=False)
     report.set_defaults(run=_report)
@@ -226,13 +276,69 @@ def _pretrain_help(config_path: Path | None) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from fast_essl.evaluate_run import evaluate_run
+    from fast_essl.config_io import find_config, load_config
+    from fast_essl.evaluate_run import evaluate_file, evaluate_run
 
-    result = evaluate_run(arguments.run_dir, overrides=arguments.overrides)
+    if arguments.source.is_file():
+        if arguments.config is None:
+            raise ConfigError(
+                f"{arguments.source}: a checkpoint file needs --config CONFIG, which describes it"
+            )
+        config = load_config(find_config(arguments.config), arguments.overrides)
+        result = evaluate_file(arguments.source, config)
+    else:
+        if arguments.config is not None:
+            raise ConfigError(
+                "command line: --config is for a checkpoint file; a run has its own configuration"
+            )
+        result = evaluate_run(arguments.source, overrides=arguments.overrides)
     width = max(len(name) for name in result["accuracy"])
     for name, accuracy in result["accuracy"].items():
         print(f"{name:<{width}}  {accuracy:6.2%}")
     print(json.dumps(result))
+    return 0
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    from fast_essl.protocols import probe_run
+
+    print(json.dumps(probe_run(arguments.run_dir, overrides=arguments.overrides)))
+    return 0
+
+
+def _finetune(arguments: argparse.Namespace) -> int:
+    from fast_essl.protocols import finetune_run
+
+    print(json.dumps(finetune_run(arguments.run_dir, overrides=arguments.overrides)))
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from fast_essl.interchange import export_backbone
+
+    state = export_backbone(arguments.source, arguments.out, overwrite=arguments.overwrite)
+    num_parameters = sum(value.numel() for key, value in state.items() if key.endswith(("weight", "bias")))
+    print(f"{arguments.out}: a backbone of {len(state)} tensors, {num_parameters:,} parameters, without `fc`")
+    return 0
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from fast_essl.config_io import find_config
+    from fast_essl.run import NonFiniteLossError
+    from fast_essl.study import run_study
+
+    path = find_config(arguments.study)
+    try:
+        run_study(path, arguments.out or Path("runs") / path.stem, overrides=arguments.overrides)
+    except NonFiniteLossError as error:
+        return _fail(str(error), 1)
+    return 0
+
+
+def _transformations(arguments: argparse.Namespace) -> int:
+    from fast_essl.transformations import describe_transformations
+
+    print(describe_transformations())
     return 0
 
 

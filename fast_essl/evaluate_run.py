@@ -18,7 +18,9 @@ from fast_essl.checkpoint import load_file
 from fast_essl.config import Config, ConfigError
 from fast_essl.config_io import load_config
 from fast_essl.evaluate import evaluate_backbone, extract_features, knn_accuracy
+from fast_essl.interchange import load_backbone
 from fast_essl.methods import build_method
+from fast_essl.resnet import ResNet
 from loaders import open_loader
 from loaders.batch import Crops, Views
 from loaders.errors import DataError
@@ -43,26 +45,37 @@ def resolve_device(config: Config) -> tuple[torch.device, torch.dtype]:
 
 
 def open_split(
-    config: Config, split: Literal["train", "test"], recipes: tuple[Recipe, ...], *, shuffle: bool
+    config: Config,
+    split: Literal["train", "test"],
+    recipes: tuple[Recipe, ...],
+    *,
+    shuffle: bool,
+    **plan: Any,
 ) -> Any:
     """Open a split with the configured loader; without `shuffle` every sample once, in order, the last batch short.
 
+    Args: `plan` fields of `EpochPlan` that are to differ from the pretraining's: `batch_size`, `seed`, `subset`.
     Errors: `DataError`; `ConfigError` for what the loader refuses.
     """
     path = config.data.train if split == "train" else config.data.test
+    options = {"batch_size": config.train.batch_size, "seed": config.train.seed, **plan}
     try:
         return open_loader(
             config.data.loader,
             path,
             recipes,
-            batch_size=config.train.batch_size,
-            seed=config.train.seed,
             shuffle=shuffle,
             drop_last=shuffle,
             num_workers=config.data.num_workers,
+            **options,
         )
     except ValueError as error:
         raise ConfigError(f"{path}, opened with data.loader = {config.data.loader!r}: {error}") from None
+
+
+def use_threads(config: Config) -> None:
+    """Let torch compute on the configured number of CPU threads, by default one a core."""
+    torch.set_num_threads(config.train.num_threads or len(os.sched_getaffinity(0)))
 
 
 def count_classes(config: Config) -> int:
@@ -119,43 +132,74 @@ class EvaluationSplits:
             loader.close()
 
 
-def evaluate_run(
-    run_dir: Path, *, overrides: list[str] | None = None, random_init: bool = False
-) -> dict[str, Any]:
-    """Evaluate a run's backbone as its checkpoint has it: kNN, weighted kNN and linear probe on the test split.
+def load_run(
+    run_dir: Path, overrides: list[str] | None = None, *, random_init: bool = False
+) -> tuple[Config, ResNet, int]:
+    """A run's configuration, its backbone on the CPU as the checkpoint has it, and the step of that.
 
     Args: `overrides` of the run's configuration, for data that moved or another device; with `random_init` the
-    backbone is the one that the run started from.
-    Returns: `step`, `num_train`, `num_test` and `accuracy`, shares in [0, 1] by the names of `evaluate_backbone`;
-    also written to evaluation.json in the run's folder, unless with `random_init`.
+    backbone is the one that the run started from, at step 0.
     Errors: `ConfigError` where there is no run, `DataError` for a damaged checkpoint or bad data.
     """
     if not (run_dir / run_folder.CONFIG).is_file() or not (run_dir / run_folder.CHECKPOINT).is_file():
         raise ConfigError(f"{run_dir}: no run with a checkpoint is here; `fast-essl pretrain` makes one")
     config = load_config(run_dir / run_folder.CONFIG, overrides)
-    device, _ = resolve_device(config)
-    torch.set_num_threads(config.train.num_threads or len(os.sched_getaffinity(0)))
-    num_classes = count_classes(config)
-    method, step = build_method(config, num_classes=num_classes), 0
-    if not random_init:
-        state = load_file(run_dir / run_folder.CHECKPOINT)
-        step = state["step"]
-        try:
-            method.load_state_dict(state["method"])
-        except RuntimeError:
-            raise ConfigError(
-                f"{run_dir}: the checkpoint's network is not the configuration's; leave [model] as it is"
-            ) from None
-    backbone = method.backbone.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    with contextlib.closing(EvaluationSplits(config, device)) as splits:
-        accuracy = evaluate_backbone(
-            backbone, splits.batches("train"), splits.batches("test"), num_classes=num_classes
-        )
-    num_samples = {name: accuracy.pop(name) for name in ("num_train", "num_test")}
-    result: dict[str, Any] = {"step": step, **num_samples, "accuracy": accuracy}
+    method = build_method(config, num_classes=count_classes(config))
+    if random_init:
+        if config.train.init_from:
+            load_backbone(method.backbone, Path(config.train.init_from))
+        return config, method.backbone, 0
+    state = load_file(run_dir / run_folder.CHECKPOINT)
+    try:
+        method.load_state_dict(state["method"])
+    except RuntimeError:
+        raise ConfigError(
+            f"{run_dir}: the checkpoint's network is not the configuration's; leave [model] as it is"
+        ) from None
+    return config, method.backbone, int(state["step"])
+
+
+def evaluate_run(
+    run_dir: Path, *, overrides: list[str] | None = None, random_init: bool = False
+) -> dict[str, Any]:
+    """Evaluate a run's backbone: kNN, weighted kNN and the fast linear probe on the test split.
+
+    Args: as `load_run`.
+    Returns: `step`, `num_train`, `num_test` and `accuracy`, shares in [0, 1] by the names of `evaluate_backbone`;
+    also written to evaluation.json in the run's folder, unless with `random_init`.
+    Errors: as `load_run`.
+    """
+    config, backbone, step = load_run(run_dir, overrides, random_init=random_init)
+    result = {"step": step, **_evaluate(config, backbone)}
     if not random_init:
         (run_dir / run_folder.EVALUATION).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
+
+
+def evaluate_file(path: Path, config: Config) -> dict[str, Any]:
+    """Evaluate the backbone in a checkpoint of any origin, as `evaluate_run` does; writes nothing.
+
+    Args: `config` describes the network in [model], and names the images.
+    Errors: as `load_backbone`.
+    """
+    backbone = build_method(config, num_classes=count_classes(config)).backbone
+    load_backbone(backbone, path)
+    return _evaluate(config, backbone)
+
+
+def _evaluate(config: Config, backbone: ResNet) -> dict[str, Any]:
+    device, _ = resolve_device(config)
+    use_threads(config)
+    backbone = backbone.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with contextlib.closing(EvaluationSplits(config, device)) as splits:
+        accuracy = evaluate_backbone(
+            backbone,
+            splits.batches("train"),
+            splits.batches("test"),
+            num_classes=count_classes(config),
+        )
+    num_samples = {name: accuracy.pop(name) for name in ("num_train", "num_test")}
+    return {**num_samples, "accuracy": accuracy}
 
 
 def random_accuracy(run_dir: Path) -> dict[str, float]:

@@ -55,8 +55,17 @@ def build_optimizer(
         return LARS(groups, lr=rate, momentum=config.momentum, trust_coefficient=config.trust_coefficient)
     on_cuda = all(parameter.is_cuda for parameter in trained)
     if config.backend == "apex":
-        return _fused_sgd(on_cuda)(groups, lr=rate, momentum=config.momentum)
-    return torch.optim.SGD(groups, lr=rate, momentum=config.momentum, fused=on_cuda, foreach=not on_cuda)
+        return _fused_sgd_class(on_cuda)(groups, lr=rate, momentum=config.momentum)
+    form = {"fused": on_cuda, "foreach": not on_cuda}
+    optimizer = torch.optim.SGD(groups, lr=rate, momentum=config.momentum, **form)
+
+    def keep_form(loaded: torch.optim.Optimizer) -> None:
+        # A state saved on another device brings that device's form along: on CUDA the slower one.
+        for group in loaded.param_groups:
+            group.update(form)
+
+    optimizer.register_load_state_dict_post_hook(keep_form)
+    return optimizer
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
@@ -125,15 +134,24 @@ class LARS(torch.optim.Optimizer):
         torch._foreach_add_(parameters, velocities, alpha=-group["lr"])
 
 
-def _fused_sgd(on_cuda: bool) -> Callable[..., torch.optim.Optimizer]:
-    """apex's FusedSGD. Errors: `ConfigError` where it cannot be used."""
+def _fused_sgd_class(on_cuda: bool) -> Callable[..., torch.optim.Optimizer]:
+    """apex's FusedSGD. Errors: `ConfigError` where it cannot be used.
+
+    Its `zero_grad` takes no argument and, as torch's does by itself, sets gradients to None.
+    """
     if not on_cuda:
         raise ConfigError("optimizer.backend = 'apex': needs a CUDA device; use 'torch'")
     try:
+        from apex.multi_tensor_apply import multi_tensor_applier  # type: ignore[import-not-found]
         from apex.optimizers import FusedSGD  # type: ignore[import-not-found]
-    except ImportError:
+    except ImportError as error:
         raise ConfigError(
-            "optimizer.backend = 'apex': NVIDIA's apex is not installed (the package called apex on PyPI is another "
-            "project; build https://github.com/NVIDIA/apex); use 'torch'"
+            f"optimizer.backend = 'apex': NVIDIA's apex cannot be imported ({error}); build it from "
+            "https://github.com/NVIDIA/apex (the package called apex on PyPI is another project), or use 'torch'"
         ) from None
+    if not multi_tensor_applier.available:
+        raise ConfigError(
+            "optimizer.backend = 'apex': apex was built without its CUDA extensions; build it with them as "
+            "https://github.com/NVIDIA/apex says, or use 'torch'"
+        )
     return FusedSGD

@@ -28,6 +28,7 @@ from fast_essl.evaluate_run import (
     open_split,
     resolve_device,
     to_device,
+    use_threads,
 )
 from fast_essl.interchange import load_backbone
 from fast_essl.methods import build_method
@@ -52,7 +53,7 @@ def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Su
     train, recipes = config.train, config.crop_recipes()
     equivariance, invariance = config_transformations(config)
     _refuse_ranks(train.batch_size)
-    torch.set_num_threads(train.num_threads or len(os.sched_getaffinity(0)))
+    use_threads(config)
     if train.knn_every:
         count_classes(config)  # the online evaluation would find out only after an epoch
     with contextlib.ExitStack() as stack:

@@ -112,6 +112,23 @@ TRANSFORMATIONS: dict[str, TransformationFunction] = {
 """The names that a configuration may use."""
 
 
+def describe_transformations() -> str:
+    """A table of all: elements, backbone passes of a sample when used for equivariance, what each label is."""
+    lines = [f"{'transformation':<22}{'|G|':>4}{'passes':>8}  elements, by label"]
+    for name, function in TRANSFORMATIONS.items():
+        num_elements = len(function(torch.zeros(1, 3, 8, 8)))
+        meaning = " ".join((function.__doc__ or "").split("\n")[0].split())
+        lines.append(f"{name:<22}{num_elements:>4}{2 + num_elements:>8}  {meaning}")
+    lines.append(
+        "A pass of a copy is that of the small third crop. Use: --transformation.equivariance NAME (the head"
+    )
+    lines.append(
+        "tells the element; --transformation.equivariance-elements chooses some), or --transformation.invariance"
+    )
+    lines.append("NAME (each view by a random element). NAME may be file.py:function, see CONTRIBUTING.md.")
+    return "\n".join(lines)
+
+
 def build_transformation(name: str, elements: tuple[int, ...] = (), *, size: int) -> Transformation:
     """A transformation by name, or by `file.py:function`, tried on images of the given side.
 

@@ -66,17 +66,13 @@ class FFCVLoader:
         path: Path | str,
         recipes: tuple[Recipe, ...],
         *,
-        batch_size: int,
-        seed: int = 0,
-        shuffle: bool = True,
-        drop_last: bool = True,
         num_workers: int = 0,
-        rank: int = 0,
-        num_ranks: int = 1,
+        **plan: Any,
     ) -> None:
         """Open a `.beton` file and compile the decoder.
 
-        Args: `batch_size` samples a step over all ranks; `num_workers` threads, 0 for one a core.
+        Args: `num_workers` threads, 0 for one a core; `plan` the other fields of `EpochPlan`: `batch_size`, `seed`,
+        `shuffle`, `drop_last`, `rank`, `num_ranks`, `subset`.
         Errors: `DataError` when the file does not match its manifest, `ValueError` for a batch that cannot be formed
         or more threads than numba was started with.
         """
@@ -92,17 +88,12 @@ class FFCVLoader:
             heights=self.images.heights,
             widths=self.images.widths,
             labels=self.images.labels,
-            batch_size=batch_size,
-            seed=seed,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            rank=rank,
-            num_ranks=num_ranks,
+            **plan,
         )
         with _thread_counts_kept():
             self._loader = Loader(
                 str(path),
-                batch_size=batch_size // num_ranks,
+                batch_size=self.plan.batch_size // self.plan.num_ranks,
                 num_workers=num_workers,
                 os_cache=True,
                 drop_last=False,

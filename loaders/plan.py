@@ -17,7 +17,7 @@ from loaders.recipe import Recipe
 class EpochPlan:
     """The part of loading that touches no pixel.
 
-    Errors: `ValueError` when the batch does not divide among the ranks, or no step would be left.
+    Errors: `ValueError` when the batch does not divide among the ranks, no step would be left, or the subset is none.
     """
 
     recipes: tuple[Recipe, ...]
@@ -38,6 +38,8 @@ class EpochPlan:
     """Leave out the last, smaller batch of an epoch."""
     rank: int = 0
     num_ranks: int = 1
+    subset: np.ndarray | None = None
+    """(M,) sample indices that an epoch visits, ascending; None means all. It changes no sample's views."""
 
     def __post_init__(self) -> None:
         if not self.recipes:
@@ -46,14 +48,21 @@ class EpochPlan:
             raise ValueError(
                 f"batch_size = {self.batch_size}: must be a multiple of the {self.num_ranks} ranks"
             )
+        chosen = self.subset
+        if chosen is not None and (
+            len(chosen) == 0
+            or chosen[0] < 0
+            or chosen[-1] >= len(self.labels)
+            or (np.diff(chosen) <= 0).any()
+        ):
+            raise ValueError(f"subset: must be ascending indices, each once, below {len(self.labels)}")
         if self.num_steps == 0:
-            raise ValueError(
-                f"batch_size = {self.batch_size}: the data set has only {self.num_samples} samples"
-            )
+            raise ValueError(f"batch_size = {self.batch_size}: there are only {self.num_samples} samples")
 
     @property
     def num_samples(self) -> int:
-        return len(self.labels)
+        """Samples an epoch chooses from."""
+        return len(self.labels if self.subset is None else self.subset)
 
     @property
     def num_steps(self) -> int:
@@ -64,6 +73,8 @@ class EpochPlan:
     def batches(self, epoch: int, start_step: int = 0) -> list[np.ndarray]:
         """This rank's sample indices, one array a step, from `start_step` on."""
         order = epoch_order(self.num_samples, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+        if self.subset is not None:
+            order = self.subset[order]
         batches = rank_batches(
             order,
             batch_size=self.batch_size,

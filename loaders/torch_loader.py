@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,18 +33,13 @@ class TorchLoader:
         path: Path | str,
         recipes: tuple[Recipe, ...],
         *,
-        batch_size: int,
-        seed: int = 0,
-        shuffle: bool = True,
-        drop_last: bool = True,
         num_workers: int = 0,
-        rank: int = 0,
-        num_ranks: int = 1,
+        **plan: Any,
     ) -> None:
         """Open the data.
 
-        Args: `path` a `.beton` file or an image folder; `batch_size` samples a step over all ranks; `num_workers`
-        processes, 0 for one a core.
+        Args: `path` a `.beton` file or an image folder; `num_workers` processes, 0 for one a core; `plan` the other
+        fields of `EpochPlan`: `batch_size`, `seed`, `shuffle`, `drop_last`, `rank`, `num_ranks`, `subset`.
         Errors: `DataError` for data that cannot be opened, `ValueError` for a batch that cannot be formed.
         """
         path = Path(path)
@@ -54,12 +50,7 @@ class TorchLoader:
             heights=self.images.heights,
             widths=self.images.widths,
             labels=self.images.labels,
-            batch_size=batch_size,
-            seed=seed,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            rank=rank,
-            num_ranks=num_ranks,
+            **plan,
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Backbones, heads, losses, method, optimizer and schedule, against the official numbers and obvious forms."""
+"""Backbones, heads and projector, against the official numbers and obvious forms."""
 
 from __future__ import annotations
 
