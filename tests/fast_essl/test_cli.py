@@ -55,7 +55,24 @@ def _run(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str
             ["pretrain", "configs/e_simclr_cifar10.toml", "--data.train", "missing.beton"],
             "missing.beton: no such file",
         ),
+        (
+            ["pretrain", "e_simclr_cifar10", "--method.equivariance-weight", "-1"],
+            "equivariance_weight = -1.0: must be 0",
+        ),
+        (
+            ["pretrain", "simclr_cifar10", "--method.name", "byol"],
+            "method.name = 'byol': must be one of 'simclr'",
+        ),
+        (
+            ["pretrain", "simclr_cifar10", "--train.batch-size", "1"],
+            "train.batch_size = 1: must be 2 or more",
+        ),
         (["evaluate", "missing"], "missing: no run with a checkpoint"),
+        (["probe", "missing"], "missing: no run with a checkpoint"),
+        (["finetune", "missing", "--finetune.label-share", "2"], "missing: no run with a checkpoint"),
+        (["export", "missing", "out.pth"], "missing: No such file"),
+        (["study", "study_transformation"], "the nearest is study_transformations_cifar10"),
+        (["study", "configs/simclr_cifar10.toml"], "a study has title, rows"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(
@@ -130,3 +147,10 @@ def test_from_images_to_accuracies(
     assert code == 0, err
     assert json.loads(out.splitlines()[-1]) == json.loads((run_dir / "evaluation.json").read_text())
     assert len(out.splitlines()) > 1
+
+
+def test_transformations_are_listed_with_their_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = _run(["transformations"], capsys)
+    assert code == 0
+    assert re.search(r"^four_fold_rotation +4 +6 +Quarter turns", out, re.MULTILINE)
+    assert re.search(r"^jigsaw +24 +26 ", out, re.MULTILINE)

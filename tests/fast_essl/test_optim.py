@@ -99,18 +99,19 @@ def test_lars_adapts_a_bias_where_it_is_told_to():
     """As the SimSiam paper's linear probe does, whose bias is a layer like any other."""
     torch.manual_seed(1)
     layer = torch.nn.Linear(5, 3).double()
-    optimizer = LARS(layer.parameters(), lr=0.7, momentum=0.9, weight_decay=0.1, trust_coefficient=0.02)
-    expected = [parameter.detach().clone() for parameter in layer.parameters()]
+    made = [layer.bias, layer.weight]
+    optimizer = LARS(made, lr=0.7, momentum=0.9, weight_decay=0.1, trust_coefficient=0.02)
+    expected = [parameter.detach().clone() for parameter in made]
     velocities = [torch.zeros_like(parameter) for parameter in expected]
     for _ in range(3):
-        for number, parameter in enumerate(layer.parameters()):
+        for number, parameter in enumerate(made):
             parameter.grad = torch.randn_like(parameter)
             update = parameter.grad + 0.1 * expected[number]
             update = update * 0.02 * expected[number].norm() / update.norm()
             velocities[number] = 0.9 * velocities[number] + update
             expected[number] = expected[number] - 0.7 * velocities[number]
         optimizer.step()
-        for parameter, wanted in zip(layer.parameters(), expected, strict=True):
+        for parameter, wanted in zip(made, expected, strict=True):
             assert torch.allclose(parameter, wanted, rtol=1e-12, atol=1e-14)
 
 

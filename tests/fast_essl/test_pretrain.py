@@ -267,3 +267,49 @@ def test_a_run_is_evaluated_from_its_folder(tiny_config: Path, tmp_path: Path) -
     assert all(0 <= value <= 1 for value in result["accuracy"].values())
     with pytest.raises(ConfigError, match="no run"):
         evaluate_run(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "message"),
+    [
+        ("--train.batch-size 10", "4", r"train\.batch_size = 10: must be a multiple of the 4 ranks"),
+        ("", "2", "WORLD_SIZE = 2: pretraining runs on one rank so far"),
+        ("--transformation.equivariance jigsaw --views.transformed.size 9", "1", "even side, not 9 pixels"),
+        ("--transformation.equivariance spin", "1", "'spin' is unknown; choose one of four_fold_rotation"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_a_folder_is_made(
+    tiny_config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: str,
+    ranks: str,
+    message: str,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    with pytest.raises(ConfigError, match=message):
+        pretrain(_config(tiny_config, overrides), tmp_path / "run", show_progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("schedule", ["step", "epoch"])
+@pytest.mark.parametrize("method", ["simsiam", "barlow_twins"])
+def test_other_methods_resume_to_the_same_weights(
+    tiny_config: Path, tmp_path: Path, method: str, schedule: str
+) -> None:
+    options = f"--method.name {method} --optimizer.schedule {schedule} --train.knn-every 0"
+    options += " --optimizer.name lars" if method == "barlow_twins" else ""
+    pretrain(_config(tiny_config, options), tmp_path / "whole", show_progress=False)
+    for max_steps in (5, 0):
+        pretrain(
+            _config(tiny_config, f"{options} --train.max-steps {max_steps}"),
+            tmp_path / "parts",
+            show_progress=False,
+        )
+    whole, parts = (
+        load_file(tmp_path / name / run_folder.CHECKPOINT)["method"] for name in ("whole", "parts")
+    )
+    assert all(torch.equal(value, parts[key]) for key, value in whole.items())
+    rates = [line["learning_rate"] for line in _lines(tmp_path / "whole") if line["type"] == "step"]
+    # Four steps an epoch: by epoch the rate has three values, one each; by step, half the peak comes twice.
+    assert len(set(rates)) == (11 if schedule == "step" else 3)
