@@ -128,7 +128,7 @@ def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Su
             )
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
                 output = method(views)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             scaler.scale(output.loss).backward()
             scaler.step(optimizer)
             scaler.update()
