@@ -93,3 +93,14 @@ def _standardised(z: Tensor, num: int) -> Tensor:
     centred = z - sum_over_ranks(z.sum(dim=0)) / num
     variance = sum_over_ranks(centred.square().sum(dim=0)) / num
     return centred * (variance + NORM_EPSILON).rsqrt()
+
+
+def dos_error(predicted: Tensor, target: Tensor, *, start: int = 100) -> Tensor:
+    """Relative error of densities of states: Σ|predicted - target| / Σ|target| over the frequencies, mean of samples.
+
+    Args: `predicted`, `target` (N, F); the frequencies before `start`, where all samples are alike, do not count.
+    Returns: scalar.
+    Source: paper, section 6, as in its official release.
+    """
+    predicted, target = predicted[:, start:], target[:, start:]
+    return ((predicted - target).abs().sum(dim=1) / target.abs().sum(dim=1)).mean()

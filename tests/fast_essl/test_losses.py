@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import assert_close, parity
 
-from fast_essl.losses import barlow_twins, info_nce, negative_cosine, nt_xent
+from fast_essl.losses import barlow_twins, dos_error, info_nce, negative_cosine, nt_xent
 
 
 def embeddings(count=7, size=5, num=2, dtype=torch.float64, seed=0):
@@ -44,6 +44,22 @@ def test_simsiam_equals_the_official_release():
     assert_close(tensors["p1"].grad, official["grad_p1"])
     assert_close(tensors["p2"].grad, official["grad_p2"])
     assert tensors["z1"].grad is None and tensors["z2"].grad is None
+
+
+def test_the_density_of_states_error_equals_the_official_release():
+    official = parity("photonics_dos_loss")
+    output, target = (torch.tensor(official[key]) for key in ("output", "target"))
+    assert_close(dos_error(output, target, start=int(official["start"])), official["loss"])
+
+
+def test_the_density_of_states_error_is_its_definition():
+    predicted, target = embeddings(count=4, size=9)
+    total = 0.0
+    for n in range(4):
+        total += sum(abs(float(predicted[n, f] - target[n, f])) for f in range(3, 9)) / sum(
+            abs(float(target[n, f])) for f in range(3, 9)
+        )
+    assert float(dos_error(predicted, target, start=3)) == pytest.approx(total / 4, rel=1e-12)
 
 
 def cosine(a, b):
