@@ -20,6 +20,7 @@ A study that was stopped goes on where it was; what is finished is reused.
 from __future__ import annotations
 
 import json
+import re
 import signal
 import statistics
 import tomllib
@@ -62,6 +63,12 @@ class Cell:
     row: str
     column: str
     configs: tuple[Config, ...]
+
+    @property
+    def folder(self) -> str:
+        """Its runs' folder: the names' letters and digits."""
+        names = "-".join(re.findall(r"\w+", f"{self.row} {self.column}"))
+        return names.lower()
 
 
 def load_study(path: Path) -> Study:
@@ -127,6 +134,11 @@ def study_cells(study: Study, *, source: str, overrides: list[str] | None = None
                 config_from_table(values, source=origin, sources=dict.fromkeys(written, "command line"))
             )
         cells.append(Cell(row=row, column=column, configs=tuple(configs)))
+    folders = [cell.folder for cell in cells]
+    if len(set(folders)) < len(folders):
+        raise ConfigError(
+            f"{source}: two cells would share a folder; give rows and columns names of other letters"
+        )
     return cells
 
 
@@ -151,7 +163,7 @@ def run_study(
     for cell in cells:
         accuracies, run_dirs = [], []
         for seed, config in zip(study.seeds, cell.configs, strict=True):
-            run_dir = out / f"{_slug(cell.row)}-{_slug(cell.column)}" / f"seed{seed}"
+            run_dir = out / cell.folder / f"seed{seed}"
             say(f"{run_dir}: {cell.row}, {cell.column}")
             accuracies.append(_train_and_evaluate(config, run_dir, show_progress))
             run_dirs.append(str(run_dir))
@@ -221,7 +233,3 @@ def _filled(value: Any, row: str) -> Any:
     if isinstance(value, dict):
         return {key: _filled(item, row) for key, item in value.items()}
     return value.replace("{row}", row) if isinstance(value, str) else value
-
-
-def _slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in name.lower()).strip("-")
