@@ -24,6 +24,8 @@ RUN_ONLY_FIELDS = frozenset(
         "train.max_steps",
         "train.device",
         "train.num_threads",
+        "train.compile",
+        "head.layer_norm",
         "train.log_every",
         "train.knn_every",
         "train.checkpoint_every",

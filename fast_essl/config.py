@@ -74,7 +74,7 @@ class ViewsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Backbone, projector and prediction head."""
+    """Backbone, projector and predictor."""
 
     backbone: Literal["resnet10", "resnet18", "resnet50"] = "resnet18"
     """Architecture of the backbone (He et al., 2016); resnet10 has one block a stage."""
@@ -94,17 +94,29 @@ class ModelConfig:
     """BatchNorm after the projector's last layer: without affine, with it (SimCLR, ImageNet), none (Barlow Twins)."""
     predictor_hidden: int = 512
     """Width of SimSiam's predictor (official release: 512)."""
-    head_form: Literal["cifar_simclr", "cifar_simsiam", "imagenet"] = "cifar_simclr"
-    """Which of the paper's prediction heads."""
-    head_hidden: int = 2048
-    """Width of the prediction head's hidden layers."""
-    head_bottleneck: int = 128
-    """Width before the logits of the `imagenet` head (official release: 128 for SimCLR, 256 for the others)."""
 
     def __post_init__(self) -> None:
         for field_ in fields(self):
             if field_.type == "int":
                 _require(self, field_.name, getattr(self, field_.name) >= 1, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """The prediction head."""
+
+    form: Literal["cifar_simclr", "cifar_simsiam", "imagenet"] = "cifar_simclr"
+    """Which of the paper's prediction heads."""
+    hidden: int = 2048
+    """Width of the hidden layers."""
+    bottleneck: int = 128
+    """Width before the logits of the `imagenet` head (official release: 128 for SimCLR, 256 for the others)."""
+    layer_norm: Literal["auto", "torch", "triton", "apex"] = "auto"
+    """Whose LayerNorm: torch's, this project's kernels (with the loss fused), or apex's; `auto` is triton on CUDA."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "bottleneck"):
+            _require(self, name, getattr(self, name) >= 1, "1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +221,8 @@ class TrainConfig:
     """Epochs between online kNN evaluations; 0 never evaluates."""
     checkpoint_every: int = 500
     """Steps between checkpoints; one is always written at the end and on Ctrl-C or SIGTERM."""
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
+    """Mode of torch.compile for the backbone; `reduce-overhead` replays it as CUDA graphs."""
     init_from: str = ""
     """A checkpoint whose backbone the run starts from: of fast_essl or of the official release; empty for none."""
 
@@ -308,7 +322,9 @@ class Config:
     views: ViewsConfig
     """Crops and augmentations."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Backbone, projector and prediction head."""
+    """Backbone, projector and predictor."""
+    head: HeadConfig = field(default_factory=HeadConfig)
+    """The prediction head."""
     method: MethodConfig = field(default_factory=MethodConfig)
     """The losses."""
     transformation: TransformationConfig = field(default_factory=TransformationConfig)

@@ -155,10 +155,10 @@ def build_method(config: Config, *, num_classes: int) -> ESSL:
     if equivariance is not None:
         head = prediction_head(
             backbone.num_features,
-            hidden=model.head_hidden,
-            form=model.head_form,
+            hidden=config.head.hidden,
+            form=config.head.form,
             num_classes=equivariance.num_elements,
-            bottleneck=model.head_bottleneck,
+            bottleneck=config.head.bottleneck,
         )
     if method.online_classifier:
         online_classifier = nn.Linear(backbone.num_features, num_classes)

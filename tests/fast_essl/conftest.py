@@ -24,7 +24,8 @@ backbone = "resnet10"
 width = 4
 projector_hidden = 16
 projector_out = 16
-head_hidden = 16
+[head]
+hidden = 16
 [optimizer]
 warmup_epochs = 1
 [train]
