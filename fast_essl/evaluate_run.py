@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -21,8 +20,9 @@ from fast_essl.evaluate import evaluate_backbone, extract_features, knn_accuracy
 from fast_essl.interchange import load_backbone
 from fast_essl.methods import build_method
 from fast_essl.resnet import ResNet
+from fast_essl.staging import to_device
 from loaders import open_loader
-from loaders.batch import Crops, Views
+from loaders.batch import Views
 from loaders.errors import DataError
 from loaders.manifest import Manifest
 from loaders.recipe import Recipe
@@ -89,18 +89,6 @@ def count_classes(config: Config) -> int:
             f"{config.data.test}: its classes are not those of {config.data.train}; convert both from one source"
         )
     return len(train)
-
-
-def to_device(crops: Crops, device: torch.device) -> Crops:
-    """Copy a batch without waiting for the device: only from pinned memory is the copy asynchronous."""
-    if device.type == "cpu":
-        return crops
-    return dataclasses.replace(
-        crops,
-        images=tuple(image.pin_memory().to(device, non_blocking=True) for image in crops.images),
-        labels=crops.labels.pin_memory().to(device, non_blocking=True),
-        indices=crops.indices.pin_memory().to(device, non_blocking=True),
-    )
 
 
 class EvaluationSplits:

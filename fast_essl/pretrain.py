@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 from collections.abc import Generator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,6 @@ from fast_essl.evaluate_run import (
     count_classes,
     open_split,
     resolve_device,
-    to_device,
     use_threads,
 )
 from fast_essl.interchange import load_backbone
@@ -35,6 +35,7 @@ from fast_essl.methods import build_method
 from fast_essl.optim import build_optimizer, set_learning_rates
 from fast_essl.run import Run, StopSignals, Summary
 from fast_essl.schedule import learning_rate_share
+from fast_essl.staging import staged
 from fast_essl.transformations import config_transformations
 from loaders.batch import Crops
 from loaders.views import resolve_view_stage
@@ -63,11 +64,20 @@ def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Su
         steps_per_epoch = len(loader)
         schedule_steps = train.epochs * steps_per_epoch
         last_step = min(schedule_steps, train.max_steps or schedule_steps)
-        make_views = resolve_view_stage(config.data.view_stage, device)
+        make_views = partial(
+            resolve_view_stage(config.data.view_stage, device),
+            recipes=recipes,
+            equivariance=equivariance,
+            invariance=invariance,
+            dtype=dtype,
+        )
         method = build_method(config, num_classes=loader.num_classes)
         if train.init_from and not (run_dir / run_folder.CHECKPOINT).exists():
             load_backbone(method.backbone, Path(train.init_from))
         method = method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if train.compile != "none":
+            # In place, so that the checkpoint's names stay; the loss and the heads are a few kernels.
+            method.backbone.compile(mode=train.compile, dynamic=False)
         optimizer = build_optimizer(
             method.parameters(),
             config.optimizer,
@@ -110,7 +120,7 @@ def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Su
         batches = stack.enter_context(contextlib.closing(_steps(loader, run.step, last_step)))
         method.train()
         evaluate_if_due()  # where a signal came between an epoch's last step and its evaluation
-        for crops in run.meter.waiting_for(batches):
+        for views in staged(run.meter.waiting_for(batches), make_views, device):
             per_epoch = config.optimizer.schedule == "epoch"
             share = learning_rate_share(
                 run.step - run.step % steps_per_epoch if per_epoch else run.step,
@@ -119,20 +129,15 @@ def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Su
                 final=config.optimizer.final_learning_rate,
             )
             set_learning_rates(optimizer, share)
-            views = make_views(
-                to_device(crops, device),
-                recipes,
-                equivariance=equivariance,
-                invariance=invariance,
-                dtype=dtype,
-            )
+            if train.compile != "none":
+                torch.compiler.cudagraph_mark_step_begin()
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
                 output = method(views)
             optimizer.zero_grad()
             scaler.scale(output.loss).backward()
             scaler.step(optimizer)
             scaler.update()
-            run.end_step(output.loss, len(crops.labels))
+            run.end_step(output.loss, len(views.labels))
             bar.update()
 
             finished = run.step == last_step
