@@ -10,7 +10,10 @@ os.environ.setdefault("NUMBA_NUM_THREADS", "4")
 
 import numpy as np
 import pytest
+from PIL import Image
 from support import SHARED, photograph
+
+from loaders.convert import convert
 
 
 @pytest.fixture(scope="session")
@@ -35,8 +38,6 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def photo_beton(photo_folder: Path) -> Path:
     """The image folder as a `.beton` file with its manifest."""
-    from loaders.convert import convert
-
     destination = photo_folder.parent / f"{photo_folder.name}.beton"
     convert(str(photo_folder), destination, workers=1, progress=False)
     return destination
@@ -49,3 +50,53 @@ def shared_photos() -> Path:
     if not folder.is_dir():
         pytest.skip("needs ../shared/data/imagenet-sample")
     return folder
+
+
+TINY = """
+[data]
+loader = "torch"
+num_workers = 1
+[views]
+eval_size = 16
+view1 = { size = 16 }
+view2 = { size = 16 }
+transformed = { size = 8 }
+[model]
+backbone = "resnet10"
+width = 4
+projector_hidden = 16
+projector_out = 16
+[head]
+hidden = 16
+[optimizer]
+warmup_epochs = 1
+[train]
+epochs = 3
+batch_size = 8
+log_every = 1
+knn_every = 2
+checkpoint_every = 3
+num_threads = 1
+"""
+
+
+def _beton(folder: Path, name: str, *, num_images: int, seed: int) -> Path:
+    rng = np.random.default_rng(seed)
+    for index in range(num_images):
+        path = folder / name / f"class{index % 2}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 20, 3), dtype=np.uint8)).save(path)
+    convert(str(folder / name), folder / f"{name}.beton", workers=1, progress=False)
+    return folder / f"{name}.beton"
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration of 3 epochs of 4 steps on 34 images of noise, beside train, test and other.beton."""
+    folder = tmp_path_factory.mktemp("tiny")
+    train = _beton(folder, "train", num_images=34, seed=1)
+    test = _beton(folder, "test", num_images=10, seed=2)
+    _beton(folder, "other", num_images=34, seed=3)
+    path = folder / "tiny.toml"
+    path.write_text(TINY.replace("[data]", f'[data]\ntrain = "{train}"\ntest = "{test}"'))
+    return path
