@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -109,3 +110,33 @@ def test_views_are_ready_when_they_are_used():
     finally:
         staging.to_device = identity
     assert [value.item() for value in sums] == list(range(8))
+
+
+def test_fp16_skips_a_step_whose_gradients_overflow(tiny_config, tmp_path, monkeypatch):
+    """One gradient is made infinite in the third step: that step leaves the weights, and the loss scale is halved."""
+    build, calls, weights = pretrain_module.build_method, [], []
+    end_step = Run.end_step
+
+    def watched(*args, **kwargs):
+        method = build(*args, **kwargs)
+        weight = method.backbone.conv1.weight
+
+        def overflow(gradient):
+            calls.append(1)
+            return gradient * torch.inf if len(calls) == 3 else gradient
+
+        weight.register_hook(overflow)
+        monkeypatch.setattr(
+            Run,
+            "end_step",
+            lambda run, *given: (weights.append(method.head[0].weight.clone()), end_step(run, *given)),
+        )
+        return method
+
+    monkeypatch.setattr(pretrain_module, "build_method", watched)
+    overrides = ["--train.precision", "fp16", "--train.max-steps", "5", "--train.knn-every", "0"]
+    pretrain(load_config(tiny_config, overrides), tmp_path, show_progress=False)
+    same = [torch.equal(before, after) for before, after in itertools.pairwise(weights)]
+    assert same == [False, True, False, False]
+    state = torch.load(tmp_path / run_folder.CHECKPOINT, weights_only=True)
+    assert state["scaler"]["scale"] == 2.0**15
