@@ -7,11 +7,12 @@ ARGS ?=
 TESTARGS ?=
 export PYTHON
 
-.PHONY: help setup run test lint bench
+.PHONY: help setup setup-dali run test lint bench
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make setup   install all that is needed into $(VENV); does nothing when it is up to date'
+	@echo 'make setup-dali   the same, then the optional loader DALI (290 MB)'
 	@echo 'make run     see E-SSL work in a few minutes: convert, pretrain, evaluate, report (ARGS=...)'
 	@echo 'make test    the tests (TESTARGS=...)'
 	@echo 'make lint    ruff and mypy'
@@ -21,6 +22,9 @@ setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt tools/setup.sh tools/ffcv/opencv4.pc tools/ffcv/opencv2/opencv.hpp
 	@tools/setup.sh
+
+setup-dali: $(READY)
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt nvidia-dali-cuda130
 
 run: $(READY)
 	@$(BIN)/fast-essl demo $(ARGS)

@@ -7,6 +7,7 @@ All rows decode the same photographs for the ImageNet recipe of E-SimCLR (2 × 2
     decode           libjpeg-turbo alone, accurate DCT, from memory, all cores: the bound
     decode, fast     the same with the fast, inexact DCT, as stock FFCV decodes
     ffcv             FFCVLoader's Crops
+    dali             DALILoader's Crops, decoded on the CPU; left out where DALI is not installed
     torch            TorchLoader's Crops: DataLoader workers and Pillow
     ffcv + views     FFCVLoader's Crops, then the numba view stage: normalised views and four rotated copies
     torch + Pillow   DataLoader workers that decode, crop and augment with Pillow, as the official release does
@@ -39,6 +40,7 @@ from loaders import open_loader
 from loaders.beton import IMAGE_JPEG
 from loaders.convert import convert
 from loaders.cut import decode_jpeg
+from loaders.errors import DataError
 from loaders.images import BetonImages, open_beton
 from loaders.plan import EpochPlan
 from loaders.recipe import Recipe
@@ -121,6 +123,11 @@ def _rows(images: BetonImages) -> dict[str, Callable[[int], int]]:
     options = {"batch_size": BATCH_SIZE, "drop_last": False}
     ffcv = open_loader("ffcv", images.path, RECIPES, **options)
     reference = open_loader("torch", images.path, RECIPES, **options)
+    try:
+        dali = open_loader("dali", images.path, RECIPES, decoder="cpu", **options)
+    except DataError as error:
+        print(f"without the row `dali`: {error}")
+        dali = None
 
     def count(batches) -> int:
         return sum(len(batch.labels) for batch in batches)
@@ -145,14 +152,16 @@ def _rows(images: BetonImages) -> dict[str, Callable[[int], int]]:
         )
         return sum(len(batch[0]) for batch in batches)
 
-    return {
+    rows = {
         "decode": decode,
         "decode, fast": decode_fast,
         "ffcv": lambda epoch: count(ffcv.epoch(epoch)),
+        "dali": lambda epoch: count(dali.epoch(epoch)),
         "torch": lambda epoch: count(reference.epoch(epoch)),
         "ffcv + views": ffcv_views,
         "torch + Pillow": pillow,
     }
+    return {name: load for name, load in rows.items() if name != "dali" or dali is not None}
 
 
 @numba.njit(parallel=True, nogil=True)

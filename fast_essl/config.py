@@ -29,10 +29,12 @@ class DataConfig:
     """The `.beton` file to pretrain on, relative to the working directory; also the bank of the evaluations."""
     test: Path
     """The `.beton` file that evaluations score on."""
-    loader: Literal["ffcv", "torch"] = "ffcv"
+    loader: Literal["ffcv", "dali", "torch"] = "ffcv"
     """Which loader reads the files."""
     num_workers: int = 0
-    """Threads (ffcv) or processes (torch) of the loader; 0 means all cores."""
+    """Threads (ffcv, dali) or processes (torch) of the loader; 0 means all cores."""
+    dali_decoder: Literal["auto", "cpu", "mixed"] = "auto"
+    """Where DALI decodes and cuts: `mixed` with nvJPEG on the GPU, `cpu`; `auto` follows the training device."""
     view_stage: Literal["auto", "reference", "cpu"] = "auto"
     """Implementation of the view stage; `auto` takes the fastest one of the training device."""
 

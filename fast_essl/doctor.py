@@ -18,7 +18,6 @@ from torch import nn
 from fast_essl.config import Config, DataConfig, OptimizerConfig, ViewsConfig
 from fast_essl.evaluate_run import resolve_device
 from fast_essl.optim import build_optimizer
-from loaders import LOADERS
 from loaders.beton import IMAGE_RAW, read_tables
 from loaders.errors import DataError
 from loaders.manifest import check_opening
@@ -27,14 +26,18 @@ from loaders.views import resolve_view_stage
 
 _GIB = 2**30
 _CHECKOUT = "run `make setup` in the checkout, or see `FFCV by hand` in CONTRIBUTING.md"
+_DALI = "pip install 'fast_essl[dali]', or `make setup-dali` in the checkout"
+_DALI_WHEELS = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 # Name, what it is for ("" where nothing here uses it yet), the distributions that bring it, how to install it.
 _PACKAGES = (
     ("ffcv", "the default loader", ("ffcv",), _CHECKOUT),
     ("cv2", "imported by ffcv", ("opencv-python-headless", "opencv-python"), _CHECKOUT),
     ("triton", "", ("triton",), "comes with torch's CUDA build"),
-    ("DALI", "", ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "pip install 'fast_essl[dali]'"),
+    ("DALI", "the optional loader `dali`", _DALI_WHEELS, _DALI),
     ("apex", "", ("apex",), "built from https://github.com/NVIDIA/apex"),
 )
+_NEEDED = ("ffcv", "cv2")
+"""Packages without which the defaults do not work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +85,7 @@ def installed() -> list[Finding]:
             text = f"{version}{f', {purpose}' if purpose else ', not used by this version'}"
             found.append(Finding(subject=name, text=text))
         elif purpose:
-            found.append(Finding(subject=name, text=f"missing ({purpose}): {how}", good=False))
+            found.append(Finding(subject=name, text=f"missing ({purpose}): {how}", good=name not in _NEEDED))
         else:
             found.append(Finding(subject=name, text=f"missing, not needed by this version: {how}"))
     return found
@@ -122,6 +125,7 @@ def would_be_used() -> list[Finding]:
     precision = f"{str(dtype).removeprefix('torch.')}: what `{config.train.precision}` takes on {device.type}"
     return [
         _loader(config.data.loader),
+        *_dali(),
         Finding(
             subject="view stage", text=f"{stage}: what `{config.data.view_stage}` takes on {device.type}"
         ),
@@ -134,14 +138,24 @@ def would_be_used() -> list[Finding]:
 
 def _loader(name: str) -> Finding:
     """Whether the default loader imports: a package may be installed and still lack a system library."""
-    others = " or ".join(other for other in LOADERS if other != name)
     try:
         importlib.import_module(f"loaders.{name}_loader")
     except (ImportError, OSError, DataError) as error:
         reason = " ".join(str(error).split())
-        text = f"{name} cannot be imported ({reason}); until then use --data.loader {others}"
+        text = f"{name} cannot be imported ({reason}); until then use --data.loader torch"
         return Finding(subject="loader", text=text, good=False)
     return Finding(subject="loader", text=f"{name}: the default, and it imports")
+
+
+def _dali() -> list[Finding]:
+    """Where DALI would decode, if it is installed: it takes no part in the defaults."""
+    if not any(map(_version, _DALI_WHEELS)):
+        return []
+    try:
+        decoder = importlib.import_module("loaders.dali_loader").resolve_decoder("auto")
+    except (ImportError, OSError) as error:
+        return [Finding(subject="loader dali", text=f"cannot be imported ({' '.join(str(error).split())})")]
+    return [Finding(subject="loader dali", text=f"decoder {decoder}: what `auto` takes here, if asked for")]
 
 
 def _optimizer(device: torch.device) -> Finding:

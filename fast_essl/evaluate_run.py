@@ -59,6 +59,8 @@ def open_split(
     """
     path = config.data.train if split == "train" else config.data.test
     options = {"batch_size": config.train.batch_size, "seed": config.train.seed, **plan}
+    if config.data.loader == "dali":
+        options["decoder"] = dali_decoder(config)
     try:
         return open_loader(
             config.data.loader,
@@ -71,6 +73,17 @@ def open_split(
         )
     except ValueError as error:
         raise ConfigError(f"{path}, opened with data.loader = {config.data.loader!r}: {error}") from None
+
+
+def dali_decoder(config: Config) -> Literal["cpu", "mixed"]:
+    """Where DALI decodes: `auto` follows the training device. Errors: `ConfigError` for crops that end up elsewhere."""
+    device, _ = resolve_device(config)
+    wanted = config.data.dali_decoder
+    if wanted == "mixed" and device.type == "cpu":
+        raise ConfigError("data.dali_decoder = 'mixed': needs a CUDA device to train on; use 'auto' or 'cpu'")
+    if wanted == "auto":
+        return "cpu" if device.type == "cpu" else "mixed"
+    return wanted
 
 
 def use_threads(config: Config) -> None:

@@ -10,6 +10,7 @@ import numba
 from loaders.errors import DataError
 
 if TYPE_CHECKING:
+    from loaders.dali_loader import DALILoader
     from loaders.ffcv_loader import FFCVLoader
     from loaders.recipe import Recipe
     from loaders.torch_loader import TorchLoader
@@ -17,27 +18,38 @@ if TYPE_CHECKING:
 # The loader's thread and the trainer's both run parallel numba code; of numba's layers, `workqueue` aborts on that.
 numba.config.THREADING_LAYER = "omp"
 
-LOADERS = ("ffcv", "torch")
+LOADERS = ("ffcv", "dali", "torch")
 """Names for `open_loader`, the default first."""
 
 
 def open_loader(
     name: str, path: Path | str, recipes: tuple[Recipe, ...], **options: Any
-) -> FFCVLoader | TorchLoader:
-    """Open a loader by name; `options` are those of `FFCVLoader` and `TorchLoader`, which agree.
+) -> FFCVLoader | DALILoader | TorchLoader:
+    """Open a loader by name; `options` are those that all loaders share, and for `dali` its `decoder`.
 
-    Errors: `DataError` when the name is unknown, when FFCV is asked for and not installed, or as the loader has it.
+    Errors: `DataError` when the name is unknown, when FFCV or DALI is asked for and not installed, or as the loader
+    has it.
     """
-    if name == "torch":
-        from loaders.torch_loader import TorchLoader
-
-        return TorchLoader(path, recipes, **options)
-    if name != "ffcv":
+    if name not in LOADERS:
         raise DataError(f"loader {name!r} is unknown; choose one of {', '.join(LOADERS)}")
     try:
-        from loaders.ffcv_loader import FFCVLoader
+        loader = _loader_class(name)
     except ImportError as error:
         raise DataError(
-            f"loader 'ffcv' cannot be imported ({error}); run 'fast-essl doctor' for how to install"
+            f"loader {name!r} cannot be imported ({error}); run 'fast-essl doctor' for how to install"
         ) from error
-    return FFCVLoader(path, recipes, **options)
+    return loader(path, recipes, **options)
+
+
+def _loader_class(name: str) -> type[FFCVLoader | DALILoader | TorchLoader]:
+    if name == "ffcv":
+        from loaders.ffcv_loader import FFCVLoader
+
+        return FFCVLoader
+    if name == "dali":
+        from loaders.dali_loader import DALILoader
+
+        return DALILoader
+    from loaders.torch_loader import TorchLoader
+
+    return TorchLoader

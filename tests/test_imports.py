@@ -17,7 +17,7 @@ SOURCES = sorted(path for package in ("fast_essl", "loaders") for path in (ROOT 
 # The one file of each; None where nothing imports it yet.
 ACCELERATORS = {
     "ffcv": "loaders/ffcv_loader.py",
-    "nvidia": None,
+    "nvidia": "loaders/dali_loader.py",
     "apex": "fast_essl/optim.py",
     "triton": None,
 }

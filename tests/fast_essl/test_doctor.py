@@ -52,6 +52,13 @@ def test_a_missing_default_is_a_fault_and_an_optional_package_is_not(monkeypatch
     assert "make setup" in found["ffcv"].text
     assert found["DALI"].good
     assert "pip install 'fast_essl[dali]'" in found["DALI"].text
+    assert "loader dali" not in by_subject(would_be_used())
+
+
+def test_where_dali_would_decode() -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed", exc_type=ImportError)
+    decoder = "mixed" if torch.cuda.is_available() else "cpu"
+    assert by_subject(would_be_used())["loader dali"].text.startswith(f"decoder {decoder}: ")
 
 
 def test_a_loader_that_does_not_import(

@@ -233,6 +233,10 @@ def test_one_process_a_folder(tiny_config: Path, tmp_path: Path) -> None:
             r"train\.beton, opened with data\.loader = 'torch': batch_size = 64: .* only 34 samples",
         ),
         ("--train.precision fp16 --train.device cpu", "train.precision = 'fp16': needs a CUDA device"),
+        (
+            "--data.loader dali --data.dali-decoder mixed --train.device cpu",
+            "data.dali_decoder = 'mixed': needs a CUDA device",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_before_any_work(
@@ -241,6 +245,17 @@ def test_what_cannot_run_is_refused_before_any_work(
     with pytest.raises(ConfigError, match=wanted):
         pretrain(_config(tiny_config, overrides), tmp_path / "run", show_progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_dali_trains_as_the_reference_loader_does(tiny_config: Path, tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed", exc_type=ImportError)
+    losses = []
+    for loader in ("torch", "dali"):
+        config = _config(tiny_config, f"--data.loader {loader} --train.device cpu --train.max-steps 4")
+        pretrain(config, tmp_path / loader, show_progress=False)
+        metrics = (tmp_path / loader / run_folder.METRICS).read_text().splitlines()
+        losses.append([line["loss"] for line in map(json.loads, metrics) if line["type"] == "step"])
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 def test_a_missing_file_is_named(tiny_config: Path, tmp_path: Path) -> None:
