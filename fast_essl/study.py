@@ -34,6 +34,7 @@ from fast_essl.config import Config, ConfigError
 from fast_essl.config_io import apply_overrides, config_from_table, find_config, lay_over, read_table
 from fast_essl.evaluate_run import evaluate_run, random_accuracy
 from fast_essl.pretrain import pretrain
+from fast_essl.transformations import config_transformations
 
 METRICS = {"knn_top1": "kNN", "probe_top1": "linear probe"}
 """What the table shows of evaluation.json's `accuracy`."""
@@ -98,7 +99,7 @@ def load_study(path: Path) -> Study:
         raise ConfigError(f"{path}: a study has {', '.join(forms)}; unknown: {unknown}, missing: {missing}")
     if wrong:
         raise ConfigError(
-            f"{path}: {wrong[0]} = {table[wrong[0]]!r} is not of its form; see `fast-essl study --help`"
+            f"{path}: {wrong[0]} = {table[wrong[0]]!r} is not of its form; see study_methods_photo_digits.toml"
         )
     return Study(
         title=table["title"],
@@ -133,6 +134,10 @@ def study_cells(study: Study, *, source: str, overrides: list[str] | None = None
             configs.append(
                 config_from_table(values, source=origin, sources=dict.fromkeys(written, "command line"))
             )
+        try:
+            config_transformations(configs[0])
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {row}, {column}: {error}") from None
         cells.append(Cell(row=row, column=column, configs=tuple(configs)))
     folders = [cell.folder for cell in cells]
     if len(set(folders)) < len(folders):
