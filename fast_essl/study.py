@@ -65,12 +65,6 @@ class Cell:
     column: str
     configs: tuple[Config, ...]
 
-    @property
-    def folder(self) -> str:
-        """Its runs' folder: the names' letters and digits."""
-        names = "-".join(re.findall(r"\w+", f"{self.row} {self.column}"))
-        return names.lower()
-
 
 def load_study(path: Path) -> Study:
     """Read a study. Errors: `ConfigError` of one line; `OSError`."""
@@ -122,6 +116,10 @@ def study_cells(study: Study, *, source: str, overrides: list[str] | None = None
     chosen += [
         (row, column, _filled(table, row)) for row in study.rows for column, table in study.columns.items()
     ]
+    if len({_folder(row, column) for row, column, _ in chosen}) < len(chosen):
+        raise ConfigError(
+            f"{source}: two cells would share a folder; give rows and columns names of other letters"
+        )
     cells = []
     for row, column, table in chosen:
         values = {key: value for key, value in table.items() if key != "config"}
@@ -139,11 +137,6 @@ def study_cells(study: Study, *, source: str, overrides: list[str] | None = None
         except ConfigError as error:
             raise ConfigError(f"{source}: {row}, {column}: {error}") from None
         cells.append(Cell(row=row, column=column, configs=tuple(configs)))
-    folders = [cell.folder for cell in cells]
-    if len(set(folders)) < len(folders):
-        raise ConfigError(
-            f"{source}: two cells would share a folder; give rows and columns names of other letters"
-        )
     return cells
 
 
@@ -168,7 +161,7 @@ def run_study(
     for cell in cells:
         accuracies, run_dirs = [], []
         for seed, config in zip(study.seeds, cell.configs, strict=True):
-            run_dir = out / cell.folder / f"seed{seed}"
+            run_dir = out / _folder(cell.row, cell.column) / f"seed{seed}"
             say(f"{run_dir}: {cell.row}, {cell.column}")
             accuracies.append(_train_and_evaluate(config, run_dir, show_progress))
             run_dirs.append(str(run_dir))
@@ -238,3 +231,8 @@ def _filled(value: Any, row: str) -> Any:
     if isinstance(value, dict):
         return {key: _filled(item, row) for key, item in value.items()}
     return value.replace("{row}", row) if isinstance(value, str) else value
+
+
+def _folder(row: str, column: str) -> str:
+    """Of a cell's runs: the names' letters and digits."""
+    return "-".join(re.findall(r"\w+", f"{row} {column}")).lower()
