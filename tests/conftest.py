@@ -8,12 +8,13 @@ from pathlib import Path
 
 # Before numba is imported anywhere: more threads than this machine has cores, so that a test can ask for four.
 os.environ.setdefault("NUMBA_NUM_THREADS", "4")
-# A shell ignores SIGINT in what it starts in the background, and so would all that the tests interrupt.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np
 import pytest
 from support import SHARED, photograph
+
+# A shell ignores SIGINT in what it starts in the background, and so would all that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
