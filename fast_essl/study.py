@@ -34,6 +34,7 @@ from fast_essl.config import Config, ConfigError
 from fast_essl.config_io import apply_overrides, config_from_table, find_config, lay_over, read_table
 from fast_essl.evaluate_run import evaluate_run, random_accuracy
 from fast_essl.pretrain import pretrain
+from fast_essl.transformations import config_transformations
 
 METRICS = {"knn_top1": "kNN", "probe_top1": "linear probe"}
 """What the table shows of evaluation.json's `accuracy`."""
@@ -64,12 +65,6 @@ class Cell:
     column: str
     configs: tuple[Config, ...]
 
-    @property
-    def folder(self) -> str:
-        """Its runs' folder: the names' letters and digits."""
-        names = "-".join(re.findall(r"\w+", f"{self.row} {self.column}"))
-        return names.lower()
-
 
 def load_study(path: Path) -> Study:
     """Read a study. Errors: `ConfigError` of one line; `OSError`."""
@@ -98,7 +93,7 @@ def load_study(path: Path) -> Study:
         raise ConfigError(f"{path}: a study has {', '.join(forms)}; unknown: {unknown}, missing: {missing}")
     if wrong:
         raise ConfigError(
-            f"{path}: {wrong[0]} = {table[wrong[0]]!r} is not of its form; see `fast-essl study --help`"
+            f"{path}: {wrong[0]} = {table[wrong[0]]!r} is not of its form; see study_methods_photo_digits.toml"
         )
     return Study(
         title=table["title"],
@@ -121,6 +116,10 @@ def study_cells(study: Study, *, source: str, overrides: list[str] | None = None
     chosen += [
         (row, column, _filled(table, row)) for row in study.rows for column, table in study.columns.items()
     ]
+    if len({_folder(row, column) for row, column, _ in chosen}) < len(chosen):
+        raise ConfigError(
+            f"{source}: two cells would share a folder; give rows and columns names of other letters"
+        )
     cells = []
     for row, column, table in chosen:
         values = {key: value for key, value in table.items() if key != "config"}
@@ -133,12 +132,11 @@ def study_cells(study: Study, *, source: str, overrides: list[str] | None = None
             configs.append(
                 config_from_table(values, source=origin, sources=dict.fromkeys(written, "command line"))
             )
+        try:
+            config_transformations(configs[0])
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {row}, {column}: {error}") from None
         cells.append(Cell(row=row, column=column, configs=tuple(configs)))
-    folders = [cell.folder for cell in cells]
-    if len(set(folders)) < len(folders):
-        raise ConfigError(
-            f"{source}: two cells would share a folder; give rows and columns names of other letters"
-        )
     return cells
 
 
@@ -163,7 +161,7 @@ def run_study(
     for cell in cells:
         accuracies, run_dirs = [], []
         for seed, config in zip(study.seeds, cell.configs, strict=True):
-            run_dir = out / cell.folder / f"seed{seed}"
+            run_dir = out / _folder(cell.row, cell.column) / f"seed{seed}"
             say(f"{run_dir}: {cell.row}, {cell.column}")
             accuracies.append(_train_and_evaluate(config, run_dir, show_progress))
             run_dirs.append(str(run_dir))
@@ -233,3 +231,8 @@ def _filled(value: Any, row: str) -> Any:
     if isinstance(value, dict):
         return {key: _filled(item, row) for key, item in value.items()}
     return value.replace("{row}", row) if isinstance(value, str) else value
+
+
+def _folder(row: str, column: str) -> str:
+    """Of a cell's runs: the names' letters and digits."""
+    return "-".join(re.findall(r"\w+", f"{row} {column}")).lower()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 # Before numba is imported anywhere: more threads than this machine has cores, so that a test can ask for four.
@@ -14,6 +15,9 @@ from PIL import Image
 from support import SHARED, photograph
 
 from loaders.convert import convert
+
+# A shell ignores SIGINT in what it starts in the background, and so would all that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

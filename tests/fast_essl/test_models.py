@@ -32,6 +32,35 @@ def test_prediction_heads_equal_the_official_release(form):
         assert_close(parameter.grad, official[f"grad.{key}"])
 
 
+@pytest.mark.parametrize("form", ["cifar_simclr", "cifar_simsiam", "imagenet"])
+def test_prediction_heads_are_their_equations(form):
+    torch.manual_seed(2)
+    head = prediction_head(5, hidden=7, form=form, bottleneck=3, num_classes=6).double()
+    for parameter in head.parameters():  # norms start at 1 and 0, which would hide them
+        torch.nn.init.normal_(parameter)
+    weights = iter(head.parameters())
+    x = torch.randn(4, 5, dtype=torch.float64)
+    result = head(x)
+
+    def linear(x):
+        weight, bias = next(weights), next(weights)
+        return torch.stack(
+            [torch.stack([(row * w).sum() + b for w, b in zip(weight, bias, strict=True)]) for row in x]
+        )
+
+    def norm(x):
+        weight, bias = next(weights), next(weights)
+        centred = x - x.mean(dim=1, keepdim=True)
+        return centred / (centred.square().mean(dim=1, keepdim=True) + 1e-5).sqrt() * weight + bias
+
+    x = norm(linear(x)).clamp_min(0)
+    x = norm(linear(x))
+    x = x if form == "cifar_simsiam" else x.clamp_min(0)
+    x = norm(linear(x)) if form == "imagenet" else x
+    assert torch.allclose(result, linear(x), rtol=1e-10)
+    assert next(weights, None) is None
+
+
 def test_the_projector_ends_in_a_norm_without_affine():
     layers = projector(8, hidden=6, out=4, num_layers=3)
     assert [type(layer).__name__ for layer in layers] == ["Linear", "BatchNorm1d", "ReLU"] * 2 + [

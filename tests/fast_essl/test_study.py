@@ -117,6 +117,10 @@ def test_the_table_leaves_out_what_was_not_run():
         (lambda s: s.replace("epochs = 1", "epoch = 1"), "unknown key train.epoch = 1.*train.epochs"),
         (lambda s: s.replace("title =", "title"), "not a TOML file"),
         (
+            lambda s: s.replace('"jigsaw"', '"jig"'),
+            "jig, insensitive: transformation.invariance: .*'jig' is unknown",
+        ),
+        (
             lambda s: s.replace('"jigsaw"]', '"horizontal-flip"]').replace(
                 '"horizontal_flip"', '"horizontal flip"'
             ),
