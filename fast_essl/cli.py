@@ -301,15 +301,23 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _probe(arguments: argparse.Namespace) -> int:
     from fast_essl.protocols import probe_run
+    from fast_essl.run import NonFiniteLossError
 
-    print(json.dumps(probe_run(arguments.run_dir, overrides=arguments.overrides)))
+    try:
+        print(json.dumps(probe_run(arguments.run_dir, overrides=arguments.overrides)))
+    except NonFiniteLossError as error:
+        return _fail(str(error), 1)
     return 0
 
 
 def _finetune(arguments: argparse.Namespace) -> int:
     from fast_essl.protocols import finetune_run
+    from fast_essl.run import NonFiniteLossError
 
-    print(json.dumps(finetune_run(arguments.run_dir, overrides=arguments.overrides)))
+    try:
+        print(json.dumps(finetune_run(arguments.run_dir, overrides=arguments.overrides)))
+    except NonFiniteLossError as error:
+        return _fail(str(error), 1)
     return 0
 
 

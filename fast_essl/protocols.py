@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fast_essl.config import Config
+from fast_essl.config import Config, ConfigError
 from fast_essl.evaluate import top_accuracy
 from fast_essl.evaluate_run import count_classes, load_run, open_split, resolve_device, use_threads
 from fast_essl.optim import LARS, set_learning_rates
 from fast_essl.resnet import ResNet
+from fast_essl.run import NonFiniteLossError
 from fast_essl.schedule import learning_rate_share
 from fast_essl.staging import to_device
-from loaders.batch import Views
 from loaders.images import open_beton
 from loaders.manifest import Manifest
 from loaders.order import epoch_order
@@ -36,6 +36,8 @@ from loaders.recipe import Recipe
 from loaders.views import resolve_view_stage
 
 PROBE = "probe.json"
+IMAGE_FIELDS = ("size", "scale", "center_fraction", "interpolation")
+"""Fields of [probe] that fine-tuning shares."""
 _SUBSET_EPOCH = 2**32 - 1
 """Draws the order in which labels are given out; no run has so many epochs."""
 
@@ -51,7 +53,7 @@ def probe_run(
 
     Returns: `step` of the checkpoint, `protocol` (the section [probe]), `num_train`, `num_test`, and `top1`, `top5` as
     n, mean, sample standard deviation and values of the fits, shares of 1; also written to probe.json in its folder.
-    Errors: `ConfigError`, `DataError`, before the first step.
+    Errors: `ConfigError`, `DataError`, before the first step; `NonFiniteLossError` for a fit that diverged.
     Source: paper, section 4; its official release's `eval_loop` (CIFAR-10) and `linear_probe.py` (ImageNet).
     """
     config, backbone, step = load_run(run_dir, overrides)
@@ -59,7 +61,7 @@ def probe_run(
     probe = config.probe
     backbone = _on(device, backbone).eval().requires_grad_(False)
 
-    def fit(seed: int) -> tuple[float, float]:
+    def fit(seed: int) -> Callable[[Tensor], Tensor]:
         classifier = _classifier(config, backbone, seed).to(device)
         rate = probe.base_learning_rate * probe.batch_size / 256
         group = {"params": list(classifier.parameters()), "peak_learning_rate": rate, "scheduled": True}
@@ -82,7 +84,7 @@ def probe_run(
         )
         with contextlib.closing(loader):
             _train(config, loader, logits, optimizer, probe.epochs, probe.schedule == "epoch", show_progress)
-        return _test(config, logits)
+        return logits
 
     result = {"step": step, "protocol": asdict(probe), **_fits(config, probe.num_fits, fit, say)}
     return _write(run_dir / PROBE, result)
@@ -97,9 +99,10 @@ def finetune_run(
 ) -> dict[str, Any]:
     """Semi-supervised fine-tuning: a run's backbone and a linear classifier, trained on a share of the labels.
 
-    Returns: as `probe_run`, with `protocol` the section [finetune] and `num_labelled`; also written to
-    finetune-<label_share>.json in the run's folder. The run itself stays as it is.
-    Errors: `ConfigError`, `DataError`, before the first step.
+    Returns: as `probe_run`, with `protocol` the section [finetune], `images` the fields of [probe] that say what was
+    cut, and `num_labelled`; also written to finetune-<label_share>.json in the run's folder. The run itself stays as
+    it is.
+    Errors: `ConfigError`, `DataError`, before the first step; `NonFiniteLossError` for a fit that diverged.
     Source: paper, section 4, after Zbontar et al., ICML 2021; BatchNorm is trained, too.
     """
     config, pretrained, step = load_run(run_dir, overrides)
@@ -108,9 +111,14 @@ def finetune_run(
     labels = open_beton(config.data.train).labels
     num_labelled = len(labelled_subset(labels, share=settings.label_share, seed=config.train.seed))
     batch_size = min(settings.batch_size, num_labelled)
+    if batch_size < 2:
+        raise ConfigError(
+            f"finetune: a batch of {batch_size} ({num_labelled} labels): must be 2 or more, BatchNorm needs another "
+            "sample; give a larger finetune.batch_size or finetune.label_share"
+        )
     say(f"{run_dir}: {num_labelled} of {len(labels)} labels, {batch_size} a batch")
 
-    def fit(seed: int) -> tuple[float, float]:
+    def fit(seed: int) -> Callable[[Tensor], Tensor]:
         backbone = _on(device, copy.deepcopy(pretrained)).train()
         classifier = _classifier(config, backbone, seed).to(device)
         groups = []
@@ -137,10 +145,17 @@ def finetune_run(
         )
         with contextlib.closing(loader):
             _train(config, loader, model, optimizer, settings.epochs, True, show_progress)
-        return _test(config, model.eval())
+        return model.eval()
 
     fits = _fits(config, settings.num_fits, fit, say)
-    result = {"step": step, "protocol": asdict(settings), **fits, "num_labelled": num_labelled}
+    images = {name: getattr(config.probe, name) for name in IMAGE_FIELDS}
+    result = {
+        "step": step,
+        "protocol": asdict(settings),
+        "images": images,
+        **fits,
+        "num_labelled": num_labelled,
+    }
     return _write(run_dir / f"finetune-{settings.label_share:g}.json", result)
 
 
@@ -170,6 +185,14 @@ def _train_recipe(config: Config) -> Recipe:
         grey_p=0.0,
         mean=view.mean,
         std=view.std,
+    )
+
+
+def _test_recipe(config: Config) -> Recipe:
+    """The test images of both protocols: a centred square."""
+    probe, view = config.probe, config.views.view1
+    return Recipe.evaluation(
+        probe.size, probe.center_fraction, mean=view.mean, std=view.std, interpolation=probe.interpolation
     )
 
 
@@ -221,39 +244,50 @@ def _train(
 
 
 @torch.no_grad()
-def _test(config: Config, logits_of: Callable[[Tensor], Tensor]) -> tuple[float, float]:
-    """Top-1 and top-5 on the test images."""
+def _test(config: Config, loader: Any, logits_of: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+    """Top-1 and top-5 on the test images. Errors: `NonFiniteLossError`, for NaN is in no order: a label would count."""
     device, dtype = resolve_device(config)
-    probe, view = config.probe, config.views.view1
-    recipe = Recipe.evaluation(
-        probe.size, probe.center_fraction, mean=view.mean, std=view.std, interpolation=probe.interpolation
-    )
     make_views = resolve_view_stage(config.data.view_stage, device)
     logits, labels = [], []
-    with contextlib.closing(open_split(config, "test", (recipe,), shuffle=False)) as loader:
-        for crops in loader.epoch(0):
-            views: Views = make_views(to_device(crops, device), (recipe,), dtype=dtype)
+    with contextlib.closing(loader.epoch(0)) as batches:
+        for crops in batches:
+            views = make_views(to_device(crops, device), loader.plan.recipes, dtype=dtype)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
                 logits.append(logits_of(views.views[0]).float())
             labels.append(views.labels)
     scores, classes = torch.cat(logits), torch.cat(labels)
+    if not bool(scores.isfinite().all()):
+        raise NonFiniteLossError(
+            "the fit diverged: logits of the test images are not finite; lower the learning rate"
+        )
     return top_accuracy(scores, classes, 1), top_accuracy(scores, classes, 5)
 
 
 def _fits(
-    config: Config, num_fits: int, fit: Callable[[int], tuple[float, float]], say: Callable[[str], None]
+    config: Config,
+    num_fits: int,
+    fit: Callable[[int], Callable[[Tensor], Tensor]],
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     accuracies = []
-    for number in range(num_fits):
-        accuracies.append(fit(config.train.seed + number))
-        say(f"fit {number + 1} of {num_fits}: top-1 {accuracies[-1][0]:.2%}, top-5 {accuracies[-1][1]:.2%}")
-    top1, top5 = (_spread(values) for values in zip(*accuracies, strict=True))
+    # Opened before the first fit: what is wrong with the test images is said before hours of training.
+    with contextlib.closing(open_split(config, "test", (_test_recipe(config),), shuffle=False)) as loader:
+        for number in range(num_fits):
+            accuracies.append(_test(config, loader, fit(config.train.seed + number)))
+            top1, top5 = accuracies[-1]
+            say(f"fit {number + 1} of {num_fits}: top-1 {top1:.2%}, top-5 {top5:.2%}")
+        num_test = loader.num_samples
+    spreads = {
+        name: _spread(values)
+        for name, values in zip(("top1", "top5"), zip(*accuracies, strict=True), strict=True)
+    }
     if num_fits > 1:
         say(
-            f"top-1 {top1['mean']:.2%} ± {100 * top1['stdev']:.2f} (sample standard deviation of {num_fits} fits)"
+            f"top-1 {spreads['top1']['mean']:.2%} ± {100 * spreads['top1']['stdev']:.2f} "
+            f"(sample standard deviation of {num_fits} fits)"
         )
-    num_train, num_test = (Manifest.load(path).num_samples for path in (config.data.train, config.data.test))
-    return {"num_train": num_train, "num_test": num_test, "top1": top1, "top5": top5}
+    num_train = Manifest.load(config.data.train).num_samples
+    return {"num_train": num_train, "num_test": num_test, **spreads}
 
 
 def _spread(values: Iterable[float]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fast_essl import protocols, run_folder
+from fast_essl.cli import main
 from fast_essl.config import ConfigError
 from fast_essl.config_io import load_config
 from fast_essl.evaluate_run import load_run
@@ -41,14 +42,17 @@ def quiet(function, run_dir, overrides):
     return function(run_dir, overrides=overrides, say=lambda text: None, show_progress=False)
 
 
-@pytest.mark.parametrize("schedule", ["step", "epoch"])
-def test_the_probe_is_sgd_on_a_frozen_backbone(run_dir, schedule, monkeypatch):
+@pytest.mark.parametrize(
+    ("optimizer", "schedule", "base"), [("sgd", "step", 3.0), ("sgd", "epoch", 3.0), ("lars", "epoch", 300.0)]
+)
+def test_the_probe_is_the_optimizer_on_a_frozen_backbone(run_dir, optimizer, schedule, base, monkeypatch):
     """One fit, its classifier caught as it is tested, beside a loop with nothing but tensors."""
     caught = []
     made = protocols._classifier
     monkeypatch.setattr(protocols, "_classifier", lambda *given: caught.append(made(*given)) or caught[-1])
     overrides = [*PROBE[:-1], "1", "--probe.schedule", schedule, "--probe.weight-decay", "0.01"]
-    overrides += ["--probe.base-learning-rate", "3", "--data.view-stage", "reference"]
+    overrides += ["--probe.base-learning-rate", str(base), "--probe.optimizer", optimizer]
+    overrides += ["--data.view-stage", "reference"]
     result = quiet(probe_run, run_dir, overrides)
 
     config, backbone, _ = load_run(run_dir, overrides)
@@ -67,10 +71,13 @@ def test_the_probe_is_sgd_on_a_frozen_backbone(run_dir, schedule, monkeypatch):
                 features
             )
             step = epoch * len(loader) + (number if schedule == "step" else 0)
-            rate = 3 * 8 / 256 * 0.5 * (1 + math.cos(math.pi * step / (3 * len(loader))))
+            rate = base * 8 / 256 * 0.5 * (1 + math.cos(math.pi * step / (3 * len(loader))))
             gradients = [residual.T @ features, residual.sum(0)]
             for parameter, velocity, gradient in zip((weight, bias), velocities, gradients, strict=True):
-                velocity.mul_(0.9).add_(gradient + 0.01 * parameter)
+                update = gradient + 0.01 * parameter
+                if optimizer == "lars":  # the bias like the weight
+                    update *= 0.001 * parameter.norm() / update.norm()
+                velocity.mul_(0.9).add_(update)
                 parameter.sub_(rate * velocity)
     assert torch.allclose(caught[0].weight, weight, atol=1e-5) and torch.allclose(
         caught[0].bias, bias, atol=1e-5
@@ -120,11 +127,52 @@ def test_the_backbone_does_not_move_under_the_probe_and_does_under_fine_tuning(r
     assert [key for key in before if torch.equal(after[key], before[key])] == []
 
 
-def test_lars_probe_runs_and_adapts_the_bias_too(run_dir):
-    result = quiet(
-        probe_run, run_dir, [*PROBE, "--probe.optimizer", "lars", "--probe.base-learning-rate", "0.1"]
-    )
-    assert result["protocol"]["optimizer"] == "lars" and result["top1"]["n"] == 2
+def test_fine_tuning_is_sgd_of_two_rates_on_the_labelled_images(run_dir, monkeypatch):
+    """Backbone and classifier, caught as they are tested, beside a loop that spells the update out."""
+    caught = []
+    tested = protocols._test
+    monkeypatch.setattr(protocols, "_test", lambda *given: caught.append(given[-1]) or tested(*given))
+    rates = (2.0, 20.0)
+    overrides = [*FINETUNE, "--finetune.batch-size", "6", "--finetune.weight-decay", "0.01"]
+    overrides += ["--finetune.base-learning-rate-backbone", str(rates[0]), "--data.view-stage", "reference"]
+    overrides += ["--finetune.base-learning-rate-classifier", str(rates[1])]
+    checkpoint = (run_dir / run_folder.CHECKPOINT).read_bytes()
+    quiet(finetune_run, run_dir, [*overrides, "--finetune.num-fits", "2"])
+    assert (run_dir / run_folder.CHECKPOINT).read_bytes() == checkpoint
+
+    for seed, fitted in enumerate(caught):  # the second fit begins at the checkpoint like the first
+        config, backbone, _ = load_run(run_dir, overrides)
+        labels = open_loader("torch", config.data.train, (Recipe(size=16),), batch_size=8).images.labels
+        chosen = labelled_subset(labels, share=0.5, seed=seed)
+        recipe = Recipe(size=16, scale=(0.08, 1.0), jitter_p=0.0, grey_p=0.0)
+        loader = open_loader(
+            "torch", config.data.train, (recipe,), batch_size=6, seed=seed, subset=chosen, num_workers=1
+        )
+        torch.manual_seed(seed)
+        classifier = torch.nn.Linear(backbone.num_features, 2)
+        parts = [
+            (parameter, torch.zeros_like(parameter), base)
+            for module, base in zip((backbone, classifier), rates, strict=True)
+            for parameter in module.parameters()
+        ]
+        backbone.train()
+        seen = set()
+        for epoch in range(2):
+            for crops in loader.epoch(epoch):
+                seen |= set(crops.indices.tolist())
+                logits = classifier(backbone(make_views(crops, (recipe,)).views[0]))
+                picked = logits.log_softmax(1)[torch.arange(6), crops.labels]
+                gradients = torch.autograd.grad(-picked.mean(), [part[0] for part in parts])
+                share = 0.5 * (1 + math.cos(math.pi * epoch / 2))
+                with torch.no_grad():
+                    for (parameter, velocity, base), gradient in zip(parts, gradients, strict=True):
+                        velocity.mul_(0.9).add_(gradient + 0.01 * parameter)
+                        parameter.sub_(base * 6 / 256 * share * velocity)
+        assert seen <= set(chosen.tolist()) and len(seen) >= 12
+        expected = torch.nn.Sequential(backbone, classifier).state_dict()
+        for key, value in fitted.state_dict().items():
+            assert torch.allclose(value, expected[key], atol=1e-4, rtol=1e-4), key
+    assert not torch.allclose(caught[0][1].weight, caught[1][1].weight, atol=1e-3)
 
 
 def test_fine_tuning_uses_the_share_of_labels(run_dir):
@@ -134,7 +182,8 @@ def test_fine_tuning_uses_the_share_of_labels(run_dir):
     )
     # 17 images a class: half is 8 of each.
     assert result["num_labelled"] == 16 and said[0].endswith("16 of 34 labels, 16 a batch")
-    assert json.loads((run_dir / "finetune-0.5.json").read_text())["top1"] == result["top1"]
+    assert json.loads((run_dir / "finetune-0.5.json").read_text()) == json.loads(json.dumps(result))
+    assert result["images"]["size"] == 16 and result["protocol"]["label_share"] == 0.5
     assert quiet(finetune_run, run_dir, [*FINETUNE[:3], "0.01"])["num_labelled"] == 2
 
 
@@ -175,3 +224,57 @@ def test_wrong_input_is_said_before_training(function, run_dir, tmp_path):
     with pytest.raises(ConfigError, match="batch_size = 64: there are only 34 samples"):
         quiet(probe_run, run_dir, [*PROBE, "--probe.batch-size", "64"])
     assert not list(Path(tmp_path).iterdir())
+
+
+@pytest.mark.parametrize(("command", "protocol"), [("probe", PROBE), ("finetune", FINETUNE)])
+def test_bad_test_images_are_noticed_before_training(
+    command, protocol, run_dir, tmp_path, capsys, monkeypatch
+):
+    whole = load_config(run_dir / run_folder.CONFIG).data.test
+    (tmp_path / "cut.beton").write_bytes(whole.read_bytes()[:4000])
+    (tmp_path / "cut.beton.json").write_bytes(Path(f"{whole}.json").read_bytes())
+    monkeypatch.setattr(protocols, "_train", lambda *given: pytest.fail("trained"))
+    assert main([command, str(run_dir), *protocol, "--data.test", str(tmp_path / "cut.beton")]) == 2
+    error = capsys.readouterr().err
+    assert "4000 bytes where its manifest says" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--finetune.batch-size", "1"], "finetune: a batch of 1 (16 labels): must be 2 or more"),
+        (["--finetune.label-share", "2"], "label_share = 2.0: must be above 0 and at most 1"),
+        (["--data.test", "missing.beton"], "missing.beton"),
+    ],
+)
+def test_wrong_fine_tuning_is_one_line_and_code_2(overrides, message, run_dir, capsys):
+    assert main(["finetune", str(run_dir), *FINETUNE, *overrides]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_fit_that_diverged_is_no_accuracy(run_dir, capsys):
+    (run_dir / "finetune-0.25.json").unlink(missing_ok=True)
+    words = ["finetune", str(run_dir), *FINETUNE, "--finetune.label-share", "0.25"]
+    assert main([*words, "--finetune.base-learning-rate-backbone", "1e30", "--finetune.epochs", "5"]) == 1
+    out, err = capsys.readouterr()
+    assert err.rstrip().endswith("not finite; lower the learning rate") and "top-1" not in out
+    assert not (run_dir / "finetune-0.25.json").exists()
+
+
+def test_the_command_prints_each_fit_their_spread_and_one_json_line(run_dir, capsys):
+    assert main(["probe", str(run_dir), *PROBE]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[: line.index(":")] for line in lines[:2]] == ["fit 1 of 2", "fit 2 of 2"]
+    assert "±" in lines[2] and "sample standard deviation of 2 fits" in lines[2]
+    assert json.loads(lines[3]) == json.loads((run_dir / "probe.json").read_text()) and len(lines) == 4
+
+
+@pytest.mark.parametrize("command", ["probe", "finetune"])
+def test_ctrl_c_is_one_line_and_code_130(command, run_dir, capsys, monkeypatch):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(protocols, "set_learning_rates", interrupted)
+    assert main([command, str(run_dir), *(PROBE if command == "probe" else FINETUNE)]) == 130
+    assert capsys.readouterr().err.endswith("fast-essl: error: interrupted\n")
