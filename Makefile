@@ -7,7 +7,7 @@ ARGS ?=
 TESTARGS ?=
 export PYTHON
 
-.PHONY: help setup setup-dali run test lint bench
+.PHONY: gpu-check help setup setup-dali run test lint bench
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo 'make run     see E-SSL work in a few minutes: convert, pretrain, evaluate, report (ARGS=...)'
 	@echo 'make test    the tests (TESTARGS=...)'
 	@echo 'make lint    ruff and mypy'
+	@echo 'make gpu-check   on a machine with a GPU: its tests and benchmarks, as one record'
 	@echo 'make bench   how fast the loaders and view stages are on this machine'
 
 setup: $(READY)
@@ -40,3 +41,6 @@ lint: $(READY)
 bench: $(READY)
 	@$(BIN)/python benchmarks/loading.py
 	@$(BIN)/python benchmarks/views.py
+
+gpu-check: $(READY)
+	@$(BIN)/python benchmarks/gpu_check.py
