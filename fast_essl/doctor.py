@@ -34,7 +34,12 @@ _PACKAGES = (
     ("cv2", "imported by ffcv", ("opencv-python-headless", "opencv-python"), _CHECKOUT),
     ("triton", "", ("triton",), "comes with torch's CUDA build"),
     ("DALI", "the optional loader `dali`", _DALI_WHEELS, _DALI),
-    ("apex", "", ("apex",), "built from https://github.com/NVIDIA/apex"),
+    (
+        "apex",
+        "optimizer.backend = 'apex'",
+        ("apex",),
+        "built from https://github.com/NVIDIA/apex; PyPI's is another",
+    ),
 )
 _NEEDED = ("ffcv", "cv2")
 """Packages without which the defaults do not work."""
