@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_check.py [--quick]
 
-Runs `pytest -m gpu`, then the benchmarks of the view stage, the kernels and the step, each in a process of its own, and
-writes one dated record of them all. Ends with 1 if any of them failed; the record then says which.
+Runs `pytest -m gpu`, then the benchmark of the step, each in a process of its own, and writes one dated record of them
+all. Ends with 1 if any of them failed; the record then says which.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from record import machine_facts, write_record
 
 HERE = Path(__file__).resolve().parent
 BENCHMARKS = {
-    "views": ["views.py", "--device", "cuda"],
-    "kernels": ["kernels.py"],
     "step": ["step.py", "e_simclr_imagenet", "--batch-size", "256"],
 }
 QUICK = {"step": ["step.py", "e_simclr_cifar10", "--batch-size", "512", "--steps", "5"]}

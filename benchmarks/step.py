@@ -6,7 +6,6 @@ Each row is a whole step, forward, losses, backward and optimizer, in another fo
 
     official        contiguous NCHW, fp16 with a GradScaler, eager: as the official release runs it
     channels-last   channels-last, bf16, eager
-    kernels         the same with this project's fused head
     compiled        the same with the backbone through torch.compile
     graphs          the same, replayed as CUDA graphs (mode reduce-overhead)
     whole           the last one fed by the view stage from uint8 crops on the device
@@ -53,7 +52,6 @@ class Row:
 
     dtype: torch.dtype = torch.bfloat16
     channels_last: bool = True
-    layer_norm: str = "torch"
     compile: str = "none"
     view_stage: bool = False
 
@@ -61,10 +59,9 @@ class Row:
 ROWS = {
     "official": Row(dtype=torch.float16, channels_last=False),
     "channels-last": Row(),
-    "kernels": Row(layer_norm="triton"),
-    "compiled": Row(layer_norm="triton", compile="default"),
-    "graphs": Row(layer_norm="triton", compile="reduce-overhead"),
-    "whole": Row(layer_norm="triton", compile="reduce-overhead", view_stage=True),
+    "compiled": Row(compile="default"),
+    "graphs": Row(compile="reduce-overhead"),
+    "whole": Row(compile="reduce-overhead", view_stage=True),
 }
 CPU_ROWS = {
     "official": Row(dtype=torch.float32, channels_last=False),
@@ -123,7 +120,6 @@ def measure(config: Config, row: Row, device: torch.device, num_steps: int) -> d
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    config = dataclasses.replace(config, head=dataclasses.replace(config.head, layer_norm=row.layer_norm))
     method = build_method(config, num_classes=NUM_CLASSES).to(device).train()
     memory_format = torch.channels_last if row.channels_last else torch.contiguous_format
     method = method.to(memory_format=memory_format)

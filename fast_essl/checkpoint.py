@@ -25,7 +25,6 @@ RUN_ONLY_FIELDS = frozenset(
         "train.device",
         "train.num_threads",
         "train.compile",
-        "head.layer_norm",
         "train.log_every",
         "train.knn_every",
         "train.checkpoint_every",

@@ -113,8 +113,6 @@ class HeadConfig:
     """Width of the hidden layers."""
     bottleneck: int = 128
     """Width before the logits of the `imagenet` head (official release: 128 for SimCLR, 256 for the others)."""
-    layer_norm: Literal["auto", "torch", "triton", "apex"] = "auto"
-    """Whose LayerNorm: torch's, this project's kernels (with the loss fused), or apex's; `auto` is triton on CUDA."""
 
     def __post_init__(self) -> None:
         for name in ("hidden", "bottleneck"):

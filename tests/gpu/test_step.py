@@ -29,7 +29,7 @@ def losses(run_dir):
 def test_cuda_trains_as_the_cpu_does(tiny_config, tmp_path):
     for device in ("cpu", "cuda"):
         overrides = ["--train.device", device, "--train.precision", "fp32", "--train.knn-every", "0"]
-        overrides += ["--data.view-stage", "reference", "--head.layer-norm", "torch"]
+        overrides += ["--data.view-stage", "reference"]
         pretrain(load_config(tiny_config, overrides), tmp_path / device, show_progress=False)
     assert losses(tmp_path / "cuda")[:4] == pytest.approx(losses(tmp_path / "cpu")[:4], rel=2e-3)
 
