@@ -279,19 +279,21 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from fast_essl.config_io import find_config, load_config
     from fast_essl.evaluate_run import evaluate_file, evaluate_run
 
-    if arguments.source.is_file():
-        if arguments.config is None:
+    if arguments.config is None:
+        if arguments.source.is_file():
             raise ConfigError(
                 f"{arguments.source}: a checkpoint file needs --config CONFIG, which describes it"
             )
-        config = load_config(find_config(arguments.config), arguments.overrides)
-        result = evaluate_file(arguments.source, config)
+        result = evaluate_run(arguments.source, overrides=arguments.overrides)
     else:
-        if arguments.config is not None:
+        if arguments.source.is_dir():
             raise ConfigError(
                 "command line: --config is for a checkpoint file; a run has its own configuration"
             )
-        result = evaluate_run(arguments.source, overrides=arguments.overrides)
+        if not arguments.source.exists():
+            raise ConfigError(f"{arguments.source}: no such file")
+        config = load_config(find_config(arguments.config), arguments.overrides)
+        result = evaluate_file(arguments.source, config)
     width = max(len(name) for name in result["accuracy"])
     for name, accuracy in result["accuracy"].items():
         print(f"{name:<{width}}  {accuracy:6.2%}")
@@ -322,11 +324,9 @@ def _finetune(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from fast_essl.interchange import export_backbone
+    from fast_essl.export import export_backbone
 
-    state = export_backbone(arguments.source, arguments.out, overwrite=arguments.overwrite)
-    num_parameters = sum(value.numel() for key, value in state.items() if key.endswith(("weight", "bias")))
-    print(f"{arguments.out}: a backbone of {len(state)} tensors, {num_parameters:,} parameters, without `fc`")
+    print(export_backbone(arguments.source, arguments.out, overwrite=arguments.overwrite))
     return 0
 
 

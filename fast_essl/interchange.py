@@ -1,28 +1,29 @@
-"""Backbones from elsewhere: the official release's checkpoints, exported files, torchvision's names; and to elsewhere.
+"""Backbones from elsewhere: the official release's checkpoints, exported files, torchvision's names; and our own.
 
 Everything is in torchvision's key names, which are ours: `conv1.weight`, `bn1.…`, `layer1.0.conv1.weight`, ….
 """
 
 from __future__ import annotations
 
-import os
+import io
 import pickle
+import typing
 import warnings
+import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from fast_essl import __version__, run_folder
-from fast_essl.config import ConfigError
-from fast_essl.resnet import ResNet
+from fast_essl import run_folder
+from fast_essl.config import ConfigError, ModelConfig
+from fast_essl.resnet import ResNet, Stem, build_backbone
 from loaders.errors import DataError
 
-SUFFIXES = (".pth", ".safetensors")
 HOLDERS = ("backbone", "state_dict", "model", "method")
 """Keys under which a checkpoint keeps its network: the official release's (the first three) and ours."""
 PREFIXES = ("", "module.", "backbone.", "module.backbone.", "encoder.", "module.encoder.")
@@ -30,32 +31,94 @@ PREFIXES = ("", "module.", "backbone.", "module.backbone.", "encoder.", "module.
 FIRST_KEY = "conv1.weight"
 
 
-def read_backbone(path: Path) -> dict[str, Tensor]:
-    """The backbone in a checkpoint file or a run's folder, without a classifier `fc`, float32 on the CPU.
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """Which of our backbones a state dict is of; the fields are those of `ModelConfig`."""
 
-    Errors: `DataError` in one line for a file that is damaged, that would run code when loaded, or that holds no
-    ResNet; `OSError`.
+    backbone: str
+    """Architecture."""
+    width: int
+    """Channels of the first stage."""
+    stem: Stem
+    """`cifar` or `imagenet`."""
+
+    def __str__(self) -> str:
+        return f"{self.backbone}, width {self.width}, {self.stem} stem"
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """All that a checkpoint file, or that of a run's folder, holds, on the CPU; runs no code from it.
+
+    Errors: `DataError` in one line for a file that is damaged or that would run code when loaded; `OSError`.
     """
     if path.is_dir():
         path = path / run_folder.CHECKPOINT
-    state = _read(path)
+    content = path.read_bytes()  # so that whatever is raised below is about the content, not about the disk
+    try:
+        state = safetensors.torch.load(content) if path.suffix == ".safetensors" else _load(content)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" in str(error):  # what names a class or function to call
+            raise DataError(
+                f"{path}: refused, since loading it would run code that it carries; save it anew with tensors only"
+            ) from None
+        raise DataError(f"{path}: damaged, or not a checkpoint") from None
+    except MemoryError:
+        raise
+    except Exception:  # damage takes the decoders to nearly any: IndexError, AssertionError, zlib.error, …
+        raise DataError(f"{path}: damaged, or not a checkpoint") from None
+    if not isinstance(state, dict):
+        raise DataError(f"{path}: holds a {type(state).__name__}, not a dict of tensors")
+    return state
+
+
+def read_backbone(path: Path) -> dict[str, Tensor]:
+    """The backbone in a checkpoint file or a run's folder, without a classifier `fc`, float32 on the CPU.
+
+    Errors: as `read_checkpoint` and `find_backbone`.
+    """
+    return find_backbone(read_checkpoint(path), path)
+
+
+def find_backbone(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The backbone in what was read from `path`, in our key names, float32.
+
+    Errors: `DataError` in one line where there is no ResNet, more than one, or one that is not all tensors.
+    """
     for holder in HOLDERS:
         if isinstance(state.get(holder), Mapping):
             state = state[holder]
             break
-    prefix = next((prefix for prefix in PREFIXES if prefix + FIRST_KEY in state), None)
-    if prefix is None:
+    prefixes = [prefix for prefix in PREFIXES if prefix + FIRST_KEY in state]
+    if not prefixes:
         shown = ", ".join(map(repr, list(state)[:4]))
         raise DataError(f"{path}: holds no ResNet that is known here; its keys are {shown}, …")
+    if len(prefixes) > 1:
+        found = " and ".join(repr(prefix + FIRST_KEY) for prefix in prefixes)
+        raise DataError(f"{path}: holds more than one ResNet, {found}; save the wanted one alone")
     backbone: dict[str, Tensor] = {}
     for key, value in state.items():
-        name = key.removeprefix(prefix)
-        if not key.startswith(prefix) or not name.startswith(("conv1.", "bn1.", "layer")):
+        name = str(key).removeprefix(prefixes[0])
+        if not str(key).startswith(prefixes[0]) or not name.startswith(("conv1.", "bn1.", "layer")):
             continue
         if not isinstance(value, Tensor):
             raise DataError(f"{path}: {key} is not a tensor")
         backbone[name] = value.float() if value.is_floating_point() else value
     return backbone
+
+
+def describe_network(state: Mapping[str, Tensor]) -> Network | None:
+    """Which of our backbones a state dict is of, by its key names and shapes; None for another or a part of one."""
+    stems: dict[tuple[int, ...], Stem] = {(3, 3, 3): "cifar", (3, 7, 7): "imagenet"}
+    width, *kernel = state[FIRST_KEY].shape or (0,)
+    stem = stems.get(tuple(kernel))
+    if not width or stem is None:
+        return None
+    for name in typing.get_args(typing.get_type_hints(ModelConfig)["backbone"]):
+        with torch.device("meta"):  # shapes alone, no weights
+            ours = build_backbone(name, width=width, stem=stem).state_dict()
+        if {key: value.shape for key, value in ours.items()} == {k: v.shape for k, v in state.items()}:
+            return Network(backbone=name, width=width, stem=stem)
+    return None
 
 
 def load_backbone(backbone: ResNet, path: Path) -> None:
@@ -70,60 +133,37 @@ def load_backbone(backbone: ResNet, path: Path) -> None:
         if _shape(state.get(key)) != _shape(own.get(key))
     ]
     if differing:
+        network = describe_network(state)
+        reason = "backbone, width and stem" if network is None else f"the file holds a {network}"
         more = f" and {len(differing) - 2} tensors more" if len(differing) > 2 else ""
         raise ConfigError(
-            f"{path}: another network than [model] describes (backbone, width and stem): "
-            f"{'; '.join(differing[:2])}{more}"
+            f"{path}: another network than [model] describes ({reason}): {'; '.join(differing[:2])}{more}"
         )
     backbone.load_state_dict(state)
 
 
-def export_backbone(source: Path, out: Path, *, overwrite: bool = False) -> dict[str, Tensor]:
-    """Write the backbone of a run's folder or a checkpoint as `.pth` or `.safetensors`, and return it.
+def _load(content: bytes) -> Any:
+    """What `torch.save` wrote."""
+    if content.startswith(b"PK"):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            damaged_part = archive.testzip()  # torch.load does not look at the checksums
+        if damaged_part is not None:
+            raise zipfile.BadZipFile(damaged_part)
+    named = torch.serialization.safe_globals([exclude_bias_and_norm])
+    with named, warnings.catch_warnings():  # about pickle protocols; what matters is an error
+        warnings.simplefilter("ignore")
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
-    The file is a bare state dict in torchvision's key names, contiguous, float32: with the ImageNet stem and width 64,
-    torchvision's and timm's ResNet of the same depth load it, apart from `fc`.
 
-    Errors: `ConfigError` for another suffix or a file that is there already, and as `read_backbone`.
+def exclude_bias_and_norm(*_: object) -> None:
+    """Stands for the function of that name in the official SimCLR training checkpoints, and does nothing.
+
+    Their optimizer names it; `torch.load` puts this one there and refuses any other name.
     """
-    if out.suffix not in SUFFIXES:
-        raise ConfigError(f"{out}: must end in {' or '.join(SUFFIXES)}")
-    if out.exists() and not overwrite:
-        raise ConfigError(f"{out}: is there already; --overwrite replaces it")
-    state = {key: value.contiguous() for key, value in read_backbone(source).items()}
-    part = out.with_name(out.name + ".part")
-    try:
-        if out.suffix == ".pth":
-            torch.save(state, part)
-        else:
-            safetensors.torch.save_file(state, part, metadata={"format": "pt", "fast_essl": __version__})
-        os.replace(part, out)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    return state
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, without running code from it."""
-    with open(path, "rb") as file:  # so that a missing file is an OSError that names it, for both formats
-        try:
-            if path.suffix == ".safetensors":
-                return dict(safetensors.torch.load(file.read()))
-            with warnings.catch_warnings():  # about pickle protocols; what matters is an error
-                warnings.simplefilter("ignore")
-                state = torch.load(file, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            if "GLOBAL" in str(error):  # what names a class or function to call
-                raise DataError(
-                    f"{path}: refused, since loading it would run code that it carries; save it anew with tensors only"
-                ) from None
-            raise DataError(f"{path}: damaged, or not a checkpoint") from None
-        except (RuntimeError, EOFError, KeyError, ValueError, safetensors.SafetensorError):
-            raise DataError(f"{path}: damaged, or not a checkpoint") from None
-    if not isinstance(state, dict):
-        raise DataError(f"{path}: holds a {type(state).__name__}, not a dict of tensors")
-    return state
+# `torch.load` looks it up by the module it was saved from, which was the script.
+exclude_bias_and_norm.__module__ = "__main__"
 
 
 def _shape(tensor: Tensor | None) -> str:

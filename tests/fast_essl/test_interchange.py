@@ -1,19 +1,19 @@
-"""Backbones to and from elsewhere: torchvision's names, the official release's checkpoints, files that are refused."""
+"""Backbones from elsewhere: torchvision's names, the official release's checkpoints, files that are refused."""
 
 from __future__ import annotations
 
-import json
 import os
+import random
+import sys
 
 import pytest
-import safetensors.torch
 import torch
 
 from fast_essl.cli import main
 from fast_essl.config import ConfigError
 from fast_essl.config_io import load_config
-from fast_essl.evaluate_run import load_run
-from fast_essl.interchange import export_backbone, load_backbone, read_backbone
+from fast_essl.export import export_backbone
+from fast_essl.interchange import Network, describe_network, load_backbone, read_backbone
 from fast_essl.pretrain import pretrain
 from fast_essl.resnet import build_backbone
 from loaders.errors import DataError
@@ -28,55 +28,6 @@ def run_dir(tiny_config, tmp_path_factory):
         show_progress=False,
     )
     return folder
-
-
-def torchvision_shapes(name):
-    """Names and shapes of torchvision's resnet18 and resnet50 without fc, from the published architecture."""
-    depths, convolutions = {
-        "resnet18": ((2, 2, 2, 2), lambda inside, width: [(width, inside, 3), (width, width, 3)]),
-        "resnet50": (
-            (3, 4, 6, 3),
-            lambda inside, width: [(width, inside, 1), (width, width, 3), (4 * width, width, 1)],
-        ),
-    }[name]
-    shapes = {}
-
-    def convolution(key, norm, out, inside, side):
-        shapes[f"{key}.weight"] = (out, inside, side, side)
-        for part in ("weight", "bias", "running_mean", "running_var"):
-            shapes[f"{norm}.{part}"] = (out,)
-        shapes[f"{norm}.num_batches_tracked"] = ()
-
-    convolution("conv1", "bn1", 64, 3, 7)
-    inside = 64
-    for stage, depth in enumerate(depths):
-        width = 64 * 2**stage
-        for block in range(depth):
-            key = f"layer{stage + 1}.{block}"
-            layers = convolutions(inside, width)
-            for number, (out, channels, side) in enumerate(layers, start=1):
-                convolution(f"{key}.conv{number}", f"{key}.bn{number}", out, channels, side)
-            if block == 0 and (stage > 0 or layers[-1][0] != inside):
-                convolution(f"{key}.downsample.0", f"{key}.downsample.1", layers[-1][0], inside, 1)
-            inside = layers[-1][0]
-    return shapes
-
-
-@pytest.mark.parametrize(("name", "num_with_fc"), [("resnet18", 11_689_512), ("resnet50", 25_557_032)])
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_an_exported_file_is_torchvision_s_state_dict(tmp_path, name, num_with_fc, suffix):
-    torch.manual_seed(0)
-    backbone = build_backbone(name, stem="imagenet").to(memory_format=torch.channels_last)
-    torch.save({"backbone": backbone.state_dict()}, tmp_path / "official.pth")
-    out = tmp_path / f"out{suffix}"
-    export_backbone(tmp_path / "official.pth", out)
-    load = safetensors.torch.load_file if suffix == ".safetensors" else torch.load
-    state = load(out)
-    assert {key: tuple(value.shape) for key, value in state.items()} == torchvision_shapes(name)
-    assert all(torch.equal(value, backbone.state_dict()[key]) for key, value in state.items())
-    assert all(value.is_contiguous() for value in state.values())
-    num_parameters = sum(v.numel() for k, v in state.items() if k.endswith(("weight", "bias")))
-    assert num_parameters + 1000 * backbone.num_features + 1000 == num_with_fc
 
 
 def with_prefix(state, prefix):
@@ -101,6 +52,7 @@ LAYOUTS = {
             **with_prefix(s, "encoder."),
             "projector.net.0.weight": torch.ones(1),
             **with_prefix(s, "net.0."),
+            "net.1.net.0.weight": torch.ones(1),
             "predictor2.0.weight": torch.ones(1),
         },
     },
@@ -117,22 +69,7 @@ def test_every_layout_gives_its_backbone(tmp_path, layout):
     load_backbone(target, tmp_path / "file.pth")
     for key, value in source.state_dict().items():
         assert torch.equal(value, target.state_dict()[key]), key
-
-
-def test_a_run_its_files_and_its_exports_evaluate_alike(run_dir, tmp_path, capsys, tiny_config):
-    own = load_run(run_dir)[1].state_dict()
-    assert all(torch.equal(value, own[key]) for key, value in read_backbone(run_dir).items())
-    assert main(["evaluate", str(run_dir)]) == 0
-    expected = json.loads(capsys.readouterr().out.splitlines()[-1])
-    before = sorted(path.name for path in tmp_path.iterdir())
-    for name in ("out.pth", "out.safetensors"):
-        assert main(["export", str(run_dir), str(tmp_path / name)]) == 0
-        said = capsys.readouterr().out
-        assert said.startswith(f"{tmp_path / name}: a backbone of {len(own)} tensors, ")
-        assert main(["evaluate", str(tmp_path / name), "--config", str(tiny_config)]) == 0
-        result = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert result["accuracy"] == expected["accuracy"] and "step" not in result
-    assert before == [] and sorted(path.name for path in tmp_path.iterdir()) == ["out.pth", "out.safetensors"]
+    assert read_backbone(tmp_path / "file.pth").keys() == source.state_dict().keys()
 
 
 def test_a_run_starts_from_a_file_and_is_resumed_without_it(run_dir, tmp_path, tiny_config):
@@ -165,6 +102,39 @@ def test_a_run_starts_from_a_file_and_is_resumed_without_it(run_dir, tmp_path, t
         pretrain(load_config(tiny_config, common), tmp_path / "another", show_progress=False)
 
 
+def exclude_bias_and_norm(parameter):
+    """Named by the optimizer of the official SimCLR training checkpoints (imagenet/simclr/main.py, class LARS)."""
+    raise AssertionError("a file's function was called")
+
+
+def test_the_official_simclr_training_checkpoint_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(exclude_bias_and_norm, "__module__", "__main__")
+    monkeypatch.setattr(
+        sys.modules["__main__"], "exclude_bias_and_norm", exclude_bias_and_norm, raising=False
+    )
+    source = build_backbone("resnet10", width=4).state_dict()
+    group = {
+        "lr": 4.8,
+        "weight_decay_filter": exclude_bias_and_norm,
+        "lars_adaptation_filter": exclude_bias_and_norm,
+        "params": [0],
+    }
+    optimizer = {"state": {0: {"mu": torch.ones(2)}}, "param_groups": [group]}
+    model = with_prefix(source, "module.backbone.")
+    torch.save({"epoch": 1, "model": model, "optimizer": optimizer}, tmp_path / "checkpoint.pth")
+    before = set(torch.serialization.get_safe_globals())
+    state = read_backbone(tmp_path / "checkpoint.pth")
+    assert state.keys() == source.keys() and all(torch.equal(state[key], source[key]) for key in source)
+    assert set(torch.serialization.get_safe_globals()) == before
+
+    # No other name of __main__ passes.
+    monkeypatch.setattr(exclude_bias_and_norm, "__qualname__", "another")
+    monkeypatch.setattr(sys.modules["__main__"], "another", exclude_bias_and_norm, raising=False)
+    torch.save({"epoch": 1, "model": model, "optimizer": optimizer}, tmp_path / "another.pth")
+    with pytest.raises(DataError, match="refused, since loading it would run code"):
+        read_backbone(tmp_path / "another.pth")
+
+
 class RunsCode:
     def __reduce__(self):
         return os.mkdir, ("code-was-run",)
@@ -180,16 +150,55 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "code-was-run").exists()
 
 
+@pytest.mark.parametrize("seed", range(200))
+def test_a_flipped_bit_is_never_read_as_other_weights(tmp_path, seed):
+    torch.manual_seed(0)
+    source = build_backbone("resnet10", width=1).state_dict()
+    torch.save({"backbone": source}, tmp_path / "file.pth")
+    content = bytearray((tmp_path / "file.pth").read_bytes())
+    generator = random.Random(seed)
+    content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+    (tmp_path / "file.pth").write_bytes(content)
+    try:
+        state = read_backbone(tmp_path / "file.pth")
+    except DataError:
+        pass
+    else:  # the bit was in what nobody reads, as padding
+        assert state.keys() == source.keys() and all(torch.equal(state[key], source[key]) for key in source)
+
+
+def test_a_flipped_weight_is_refused(tmp_path):
+    source = build_backbone("resnet10", width=4).state_dict()
+    torch.save(source, tmp_path / "file.pth")
+    content = (tmp_path / "file.pth").read_bytes()
+    weights = source["layer4.0.conv2.weight"].numpy().tobytes()
+    assert content.count(weights) == 1
+    damaged = bytearray(content)
+    damaged[content.index(weights) + len(weights) // 2] ^= 1
+    (tmp_path / "file.pth").write_bytes(damaged)
+    with pytest.raises(DataError, match="damaged"):
+        read_backbone(tmp_path / "file.pth")
+
+
 def test_what_holds_no_backbone_is_said_in_one_line(tmp_path, capsys, tiny_config, run_dir):
     torch.save({"weights": {"a": torch.ones(1)}}, tmp_path / "other.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"state_dict": {"conv1.weight": "text"}}, tmp_path / "text.pth")
+    two = {**with_prefix({"conv1.weight": torch.ones(1)}, "backbone."), "encoder.conv1.weight": torch.ones(1)}
+    torch.save({"state_dict": two}, tmp_path / "two.pth")
+    torch.save({"state_dict": {0: 1, "conv2.weight": torch.ones(1)}}, tmp_path / "numbers.pth")
+    torch.save(
+        {0: 1, **build_backbone("resnet10", width=4).state_dict(), "bn1.bias": 2}, tmp_path / "mixed.pth"
+    )
     whole = (run_dir / "last.pt").read_bytes()
     (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "garbage.safetensors").write_bytes(b"garbage" * 9)
     for name, message in (
         ("other.pth", "holds no ResNet that is known here; its keys are 'weights'"),
         ("list.pth", "holds a list"),
+        ("two.pth", "more than one ResNet, 'backbone.conv1.weight' and 'encoder.conv1.weight'"),
+        ("numbers.pth", "its keys are 0, 'conv2.weight'"),
+        ("mixed.pth", "bn1.bias is not a tensor"),
         ("text.pth", "conv1.weight is not a tensor"),
         ("half.pth", "damaged"),
         ("garbage.safetensors", "damaged"),
@@ -205,25 +214,22 @@ def test_another_network_is_named(tmp_path, run_dir):
     torch.save(
         {"backbone": build_backbone("resnet10", width=4, stem="imagenet").state_dict()}, tmp_path / "a.pth"
     )
-    with pytest.raises(ConfigError, match=r"conv1.weight is 4×3×7×7 there and 4×3×3×3 here"):
+    with pytest.raises(
+        ConfigError,
+        match=r"the file holds a resnet10, width 4, imagenet stem\): conv1.weight is 4×3×7×7 there and 4×3×3×3 here",
+    ):
         load_backbone(build_backbone("resnet10", width=4), tmp_path / "a.pth")
     with pytest.raises(ConfigError, match=r"layer1\.1\.conv1\.weight is missing there.* tensors more"):
         load_backbone(build_backbone("resnet18", width=4), run_dir)
 
 
-def test_usage_of_export_and_evaluate(tmp_path, run_dir, capsys, tiny_config):
-    out = tmp_path / "out.pth"
-    out.write_text("kept")
-    for words, message in (
-        (["export", str(run_dir), str(out)], "is there already; --overwrite replaces it"),
-        (["export", str(run_dir), str(tmp_path / "out.bin")], "must end in .pth or .safetensors"),
-        (["export", str(tmp_path), str(tmp_path / "new.pth")], "No such file"),
-        (["evaluate", str(out)], "needs --config CONFIG"),
-        (["evaluate", str(run_dir), "--config", str(tiny_config)], "--config is for a checkpoint file"),
-    ):
-        assert main(words) == 2
-        error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1
-    assert out.read_text() == "kept"
-    assert main(["export", str(run_dir), str(out), "--overwrite"]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.pth"]
+@pytest.mark.parametrize("backbone", ["resnet10", "resnet18", "resnet50"])
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_a_network_is_told_by_its_shapes(backbone, stem):
+    state = build_backbone(backbone, width=6, stem=stem).state_dict()
+    assert describe_network(state) == Network(backbone=backbone, width=6, stem=stem)
+    for key in list(state)[1::50]:
+        part = {k: v for k, v in state.items() if k != key}
+        assert describe_network(part) is None
+    for weight in (torch.ones(6, 3, 5, 5), torch.ones(()), torch.ones(0, 3, 3, 3), torch.ones(7, 3, 3, 3)):
+        assert describe_network({**state, "conv1.weight": weight}) is None
