@@ -11,10 +11,15 @@ os.environ.setdefault("NUMBA_NUM_THREADS", "4")
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support import SHARED, photograph
 
 from loaders.convert import convert
+
+# Before triton is imported anywhere: without a device its interpreter runs the kernels, on the CPU.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # A shell ignores SIGINT in what it starts in the background, and so would all that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
