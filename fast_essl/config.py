@@ -35,7 +35,7 @@ class DataConfig:
     """Threads (ffcv, dali) or processes (torch) of the loader; 0 means all cores."""
     dali_decoder: Literal["auto", "cpu", "mixed"] = "auto"
     """Where DALI decodes and cuts: `mixed` with nvJPEG on the GPU, `cpu`; `auto` follows the training device."""
-    view_stage: Literal["auto", "reference", "cpu"] = "auto"
+    view_stage: Literal["auto", "reference", "cpu", "cuda"] = "auto"
     """Implementation of the view stage; `auto` takes the fastest one of the training device."""
 
     def __post_init__(self) -> None:

@@ -28,11 +28,11 @@ _GIB = 2**30
 _CHECKOUT = "run `make setup` in the checkout, or see `FFCV by hand` in CONTRIBUTING.md"
 _DALI = "pip install 'fast_essl[dali]', or `make setup-dali` in the checkout"
 _DALI_WHEELS = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
-# Name, what it is for ("" where nothing here uses it yet), the distributions that bring it, how to install it.
+# Name, what it is for, the distributions that bring it, how to install it.
 _PACKAGES = (
     ("ffcv", "the default loader", ("ffcv",), _CHECKOUT),
     ("cv2", "imported by ffcv", ("opencv-python-headless", "opencv-python"), _CHECKOUT),
-    ("triton", "", ("triton",), "comes with torch's CUDA build"),
+    ("triton", "view stage and kernels of a GPU", ("triton",), "comes with torch's CUDA build"),
     ("DALI", "the optional loader `dali`", _DALI_WHEELS, _DALI),
     (
         "apex",
@@ -87,12 +87,9 @@ def installed() -> list[Finding]:
     for name, purpose, distributions, how in _PACKAGES:
         version = next(filter(None, map(_version, distributions)), None)
         if version is not None:
-            text = f"{version}{f', {purpose}' if purpose else ', not used by this version'}"
-            found.append(Finding(subject=name, text=text))
-        elif purpose:
-            found.append(Finding(subject=name, text=f"missing ({purpose}): {how}", good=name not in _NEEDED))
+            found.append(Finding(subject=name, text=f"{version}, {purpose}"))
         else:
-            found.append(Finding(subject=name, text=f"missing, not needed by this version: {how}"))
+            found.append(Finding(subject=name, text=f"missing ({purpose}): {how}", good=name not in _NEEDED))
     return found
 
 
@@ -125,15 +122,11 @@ def would_be_used() -> list[Finding]:
         views=ViewsConfig(view1=crop, view2=crop, transformed=crop),
     )
     device, dtype = resolve_device(config)
-    make_views = resolve_view_stage(config.data.view_stage, device)
-    stage = make_views.__module__.rpartition(".")[2]
     precision = f"{str(dtype).removeprefix('torch.')}: what `{config.train.precision}` takes on {device.type}"
     return [
         _loader(config.data.loader),
         *_dali(),
-        Finding(
-            subject="view stage", text=f"{stage}: what `{config.data.view_stage}` takes on {device.type}"
-        ),
+        _view_stage(config.data.view_stage, device),
         Finding(subject="device", text=f"{device.type}: what `{config.train.device}` takes here"),
         Finding(subject="precision", text=precision),
         _optimizer(device),
@@ -150,6 +143,15 @@ def _loader(name: str) -> Finding:
         text = f"{name} cannot be imported ({reason}); until then use --data.loader torch"
         return Finding(subject="loader", text=text, good=False)
     return Finding(subject="loader", text=f"{name}: the default, and it imports")
+
+
+def _view_stage(name: str, device: torch.device) -> Finding:
+    """Which implementation of the view stage `name` takes."""
+    try:
+        stage = resolve_view_stage(name, device).__module__.rpartition(".")[2]
+    except DataError as error:
+        return Finding(subject="view stage", text=str(error), good=False)
+    return Finding(subject="view stage", text=f"{stage}: what `{name}` takes on {device.type}")
 
 
 def _dali() -> list[Finding]:

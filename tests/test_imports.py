@@ -19,7 +19,7 @@ ACCELERATORS = {
     "ffcv": ["loaders/ffcv_loader.py"],
     "nvidia": ["loaders/dali_loader.py"],
     "apex": ["fast_essl/optim.py"],
-    "triton": [],
+    "triton": ["loaders/views/cuda.py"],
 }
 # From the commands down to the parts: a module imports none of the levels above its own.
 LEVELS = (

@@ -125,3 +125,8 @@ def test_bad_files_are_told_and_the_good_one_too(
 def test_available_memory_is_within_the_machine() -> None:
     total = doctor_module._meminfo_bytes("MemTotal")
     assert 0 < available_memory_bytes() <= total
+
+
+def test_a_view_stage_that_cannot_be_had_is_a_fault_and_no_crash():
+    found = doctor_module._view_stage("cuda", torch.device("cpu"))
+    assert not found.good and found.text.startswith("view stage 'cuda' does not run on cpu")

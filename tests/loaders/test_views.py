@@ -1,8 +1,10 @@
-"""The view stage: the reference against obvious formulas, numba's against the reference."""
+"""The view stage: the reference against obvious formulas, numba's and Triton's against those and the reference."""
 
 from __future__ import annotations
 
 import colorsys
+import importlib
+import sys
 from dataclasses import fields, replace
 from itertools import permutations
 
@@ -12,13 +14,21 @@ import torch
 from PIL import Image, ImageOps
 from support import photograph
 
+from fast_essl.staging import to_device
 from fast_essl.transformations import TRANSFORMATIONS, build_transformation
 from loaders.batch import Crops
 from loaders.errors import DataError
 from loaders.parameters import ViewParameters, draw_parameters
 from loaders.recipe import Recipe
+from loaders.transformation import Transformation
 from loaders.views import cpu, reference, resolve_view_stage
 
+try:
+    cuda = importlib.import_module("loaders.views.cuda")
+except ModuleNotFoundError:  # no triton
+    cuda = None
+COMPILED = [cpu, pytest.param(cuda, marks=pytest.mark.kernel)] if cuda else [cpu]
+STAGES = [reference, *COMPILED]
 ROTATION = build_transformation("four_fold_rotation", size=8)
 NOTHING = Recipe.evaluation(20)
 IDENTITY = {
@@ -55,10 +65,27 @@ def crops(images, parameters):
     )
 
 
+def make_views(module, batch, recipes, **options):
+    """The stage's views, in main memory; Triton's are made on a device if there is one, else in its interpreter."""
+    if module is not cuda or not torch.cuda.is_available():
+        return module.make_views(batch, recipes, **options)
+    views = module.make_views(to_device(batch, torch.device("cuda")), recipes, **options)
+    tensors = {name: value.cpu() for name, value in vars(views).items() if isinstance(value, torch.Tensor)}
+    return replace(views, views=tuple(view.cpu() for view in views.views), **tensors)
+
+
+def drawn(recipes, count, *, seed=0, epoch=0):
+    """The tables of `count` samples of 50² pixels."""
+    sides = np.full(count, 50)
+    return draw_parameters(
+        recipes, seed=seed, epoch=epoch, indices=np.arange(count), heights=sides, widths=sides
+    )
+
+
 def pixels(module, images, **columns):
     """One view, before normalisation, as (N, S, S, 3) in [0, 255]."""
     recipe = replace(NOTHING, size=images.shape[1])
-    views = module.make_views(crops([images], table(len(images), **columns)), (recipe,))
+    views = make_views(module, crops([images], table(len(images), **columns)), (recipe,))
     return unnormalise(views.views[0], recipe).permute(0, 2, 3, 1) * 255
 
 
@@ -66,13 +93,13 @@ def unnormalise(view, recipe):
     return view * torch.tensor(recipe.std).view(3, 1, 1) + torch.tensor(recipe.mean).view(3, 1, 1)
 
 
-@pytest.mark.parametrize("module", [reference, cpu])
+@pytest.mark.parametrize("module", STAGES)
 def test_identity_parameters_leave_the_pixels(module):
     images = photographs(3, 20)
     assert (pixels(module, images) - images).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("module", [reference, cpu])
+@pytest.mark.parametrize("module", STAGES)
 def test_flip_grey_and_solarize_equal_pillow(module):
     images = photographs(4, 21)
     pillow = [Image.fromarray(image.numpy()) for image in images]
@@ -86,7 +113,7 @@ def test_flip_grey_and_solarize_equal_pillow(module):
     assert (pixels(module, images, grey=1) - stacked(lambda image: image.convert("L"))).abs().max() <= 0.6
 
 
-@pytest.mark.parametrize("module", [reference, cpu])
+@pytest.mark.parametrize("module", STAGES)
 def test_solarize_inverts_from_level_128(module):
     """Each of the 256 levels in each channel; the neighbours of the threshold included."""
     levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
@@ -94,7 +121,7 @@ def test_solarize_inverts_from_level_128(module):
     assert np.abs(pixels(module, torch.from_numpy(levels), solarize=1).numpy() - expected).max() < 1e-3
 
 
-@pytest.mark.parametrize("module", [reference, cpu])
+@pytest.mark.parametrize("module", STAGES)
 @pytest.mark.parametrize("factor", [0.0, 0.6, 1.4])
 def test_brightness_contrast_and_saturation_are_their_formulas(module, factor):
     images = photographs(2, 16)
@@ -112,7 +139,7 @@ def test_brightness_contrast_and_saturation_are_their_formulas(module, factor):
         assert np.abs(difference).max() < 2e-3, op
 
 
-@pytest.mark.parametrize("module", [reference, cpu])
+@pytest.mark.parametrize("module", STAGES)
 @pytest.mark.parametrize("shift", [-0.5, -0.1, 0.03, 0.5])
 def test_hue_turns_each_pixel_as_colorsys(module, shift):
     random = np.random.default_rng(1)
@@ -127,7 +154,7 @@ def test_hue_turns_each_pixel_as_colorsys(module, shift):
         assert after == pytest.approx([255 * level for level in expected], abs=0.01)
 
 
-@pytest.mark.parametrize("module", [reference, cpu])
+@pytest.mark.parametrize("module", STAGES)
 @pytest.mark.parametrize(("size", "sigma"), [(16, 0.1), (16, 0.7), (33, 2.0), (5, 2.0), (2, 1.0)])
 def test_blur_is_a_gaussian_sum(module, size, sigma):
     """Pixel by pixel, with the weights of the definition and borders that reflect."""
@@ -151,7 +178,7 @@ def test_blur_is_a_gaussian_sum(module, size, sigma):
     assert np.abs(pixels(module, image, blur_sigma=sigma)[0].numpy() - expected).max() < 0.01
 
 
-@pytest.mark.parametrize("module", [reference, cpu])
+@pytest.mark.parametrize("module", STAGES)
 def test_the_order_of_the_jitter_is_each_sample_s_own(module):
     """All 24 orders in one batch; each equals the four operations applied one after the other in that order."""
     orders = list(permutations(range(4)))
@@ -159,7 +186,7 @@ def test_the_order_of_the_jitter_is_each_sample_s_own(module):
     jitter = (1.4, 0.6, 1.4, 0.1)
     parameters = replace(table(24, jitter=jitter), jitter_order=np.array(orders, np.uint8)[:, None])
     recipe = replace(NOTHING, size=14)
-    view = module.make_views(crops([images], parameters), (recipe,)).views[0]
+    view = make_views(module, crops([images], parameters), (recipe,)).views[0]
     result = unnormalise(view, recipe)
     operations = [
         reference.adjust_brightness,
@@ -175,21 +202,14 @@ def test_the_order_of_the_jitter_is_each_sample_s_own(module):
     assert len({tuple(result[n].flatten()[:50].tolist()) for n in range(24)}) > 6
 
 
+@pytest.mark.parametrize("module", COMPILED)
 @pytest.mark.parametrize("size", [1, 16, 31, 96])
-def test_numba_equals_the_reference_within_a_level(size):
+def test_a_compiled_stage_equals_the_reference_within_a_level(module, size):
     recipe = Recipe(size=size, blur_p=0.5, solarize_p=0.3, hue=0.5, brightness=0.8, flip_p=0.5)
     recipes = (recipe, replace(recipe, jitter_p=1.0), recipe)
-    count = 40
-    parameters = draw_parameters(
-        recipes,
-        seed=3,
-        epoch=0,
-        indices=np.arange(count),
-        heights=np.full(count, 50),
-        widths=np.full(count, 50),
-    )
-    batch = crops([photographs(count, size) for _ in recipes], parameters)
-    ours = cpu.make_views(batch, recipes, equivariance=ROTATION)
+    count = 40 if size < 96 else 6
+    batch = crops([photographs(count, size) for _ in recipes], drawn(recipes, count, seed=3))
+    ours = make_views(module, batch, recipes, equivariance=ROTATION)
     expected = reference.make_views(batch, recipes, equivariance=ROTATION)
     for view, other in zip(
         (*ours.views, ours.transformed), (*expected.views, expected.transformed), strict=True
@@ -199,17 +219,12 @@ def test_numba_equals_the_reference_within_a_level(size):
     assert torch.equal(ours.transformed_labels, expected.transformed_labels)
 
 
-@pytest.mark.parametrize("module", [reference, cpu])
+@pytest.mark.parametrize("module", STAGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_views_have_the_promised_form(module, dtype):
     recipes = (NOTHING, NOTHING, replace(NOTHING, size=10))
-    batch = crops(
-        [photographs(3, r.size) for r in recipes],
-        draw_parameters(
-            recipes, seed=0, epoch=0, indices=np.arange(3), heights=np.full(3, 9), widths=np.full(3, 9)
-        ),
-    )
-    views = module.make_views(batch, recipes, equivariance=ROTATION, dtype=dtype)
+    batch = crops([photographs(3, r.size) for r in recipes], drawn(recipes, 3))
+    views = make_views(module, batch, recipes, equivariance=ROTATION, dtype=dtype)
     assert [tuple(view.shape) for view in views.views] == [(3, 3, 20, 20)] * 2
     assert tuple(views.transformed.shape) == (12, 3, 10, 10)
     for view in (*views.views, views.transformed):
@@ -219,28 +234,22 @@ def test_views_have_the_promised_form(module, dtype):
     for k in range(4):
         expected = torch.rot90(views.transformed[:3], k, (2, 3))
         assert torch.equal(views.transformed[3 * k : 3 * k + 3], expected)
-    plain = module.make_views(batch, recipes, dtype=dtype)
+    plain = make_views(module, batch, recipes, dtype=dtype)
     assert len(plain.views) == 3 and plain.transformed is None and plain.transformed_labels is None
     assert torch.equal(plain.views[2], views.transformed[:3])
 
 
+@pytest.mark.parametrize("module", COMPILED)
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
-def test_both_stages_make_the_same_copies_of_every_transformation(name):
+def test_a_compiled_stage_makes_the_same_copies_of_every_transformation(module, name):
     """Equivariant to one and invariant to the same: the last crop in all ways, the others by the drawn element."""
     transformation = build_transformation(name, size=14)
     recipe = Recipe(size=14, jitter_p=0.5)
     count = 30
-    parameters = draw_parameters(
-        (recipe,) * 3,
-        seed=5,
-        epoch=1,
-        indices=np.arange(count),
-        heights=np.full(count, 50),
-        widths=np.full(count, 50),
-    )
+    parameters = drawn((recipe,) * 3, count, seed=5, epoch=1)
     batch = crops([photographs(count, 14) for _ in range(3)], parameters)
     chosen = {"equivariance": transformation, "invariance": transformation}
-    ours, expected = (module.make_views(batch, (recipe,) * 3, **chosen) for module in (cpu, reference))
+    ours, expected = (make_views(stage, batch, (recipe,) * 3, **chosen) for stage in (module, reference))
     assert len(ours.transformed) == transformation.num_elements * count and len(ours.views) == 2
     for view, other in zip(
         (*ours.views, ours.transformed), (*expected.views, expected.transformed), strict=True
@@ -256,11 +265,80 @@ def test_both_stages_make_the_same_copies_of_every_transformation(name):
         )
 
 
-def test_the_stage_is_chosen_by_device():
+def copied_pixel(images):
+    """Not a bijection: every pixel of the second copy is the first pixel."""
+    return images, images[:, :, :1, :1].expand_as(images)
+
+
+@pytest.mark.parametrize("module", COMPILED)
+def test_a_transformation_may_use_a_pixel_twice(module):
+    transformation = Transformation(name="copied_pixel", function=copied_pixel, elements=(0, 1))
+    recipe = Recipe(size=9)
+    batch = crops([photographs(3, 9)], drawn((recipe,), 3))
+    views, expected = (
+        make_views(stage, batch, (recipe,), equivariance=transformation) for stage in (module, reference)
+    )
+    assert torch.allclose(views.transformed, expected.transformed, atol=1e-4)
+
+
+@pytest.mark.kernel
+@pytest.mark.skipif(cuda is None, reason="needs triton")
+def test_triton_writes_every_value_of_its_result(monkeypatch):
+    """With memory that holds NaN before the call; blurred and plain samples, views and copies, an odd size."""
+    empty = torch.empty
+
+    def poisoned(*shape, **options):
+        return empty(*shape, **options).fill_(torch.nan)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    recipe = Recipe(size=37, blur_p=0.5)
+    batch = crops([photographs(5, 37)] * 3, drawn((recipe,) * 3, 5))
+    views = make_views(cuda, batch, (recipe,) * 3, equivariance=ROTATION)
+    assert all(torch.isfinite(view).all() for view in (*views.views, views.transformed))
+
+
+@pytest.mark.kernel
+@pytest.mark.skipif(cuda is None, reason="needs triton")
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(2, 8, 8, 3), "are torch.float32"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"shape \(2, 3, 8, 8\): must be \(N, S, S, 3\)"),
+        (torch.zeros(2, 8, 9, 3, dtype=torch.uint8), r"shape \(2, 8, 9, 3\)"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8).permute(0, 2, 3, 1), "must be contiguous"),
+        (torch.zeros(3, 8, 8, 3, dtype=torch.uint8), "3 images, but 2 rows"),
+        (torch.zeros(0, 8, 8, 3, dtype=torch.uint8), "none of them 0"),
+    ],
+)
+def test_triton_refuses_what_it_cannot_read(images, message):
+    batch = Crops(images=(images,), labels=torch.arange(2), indices=torch.arange(2), parameters=table(2))
+    with pytest.raises(ValueError, match=message):
+        cuda.make_views(batch, (replace(NOTHING, size=8),))
+    good = crops([photographs(2, 8)], table(2))
+    with pytest.raises(ValueError, match=r"dtype = torch.float64: must be one of torch.float32, "):
+        cuda.make_views(good, (replace(NOTHING, size=8),), dtype=torch.float64)
+
+
+@pytest.mark.skipif(cuda is None, reason="needs triton")
+def test_triton_refuses_the_cpu_without_its_interpreter(monkeypatch):
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    with pytest.raises(ValueError, match="are on cpu: the view stage 'cuda' needs them on a CUDA device"):
+        cuda.make_views(crops([photographs(2, 8)], table(2)), (replace(NOTHING, size=8),))
+
+
+def test_the_stage_is_chosen_by_device(monkeypatch):
     assert resolve_view_stage("auto", torch.device("cpu")) is cpu.make_views
-    assert resolve_view_stage("auto", torch.device("cuda")) is reference.make_views
     assert resolve_view_stage("reference", torch.device("cpu")) is reference.make_views
-    with pytest.raises(DataError, match="'cpu' does not run on cuda"):
-        resolve_view_stage("cpu", torch.device("cuda"))
+    assert resolve_view_stage("reference", torch.device("cuda")) is reference.make_views
+    for name, device in (("cpu", "cuda"), ("cuda", "cpu")):
+        with pytest.raises(DataError, match=f"'{name}' does not run on {device}"):
+            resolve_view_stage(name, torch.device(device))
+    if cuda is not None:
+        for name in ("auto", "cuda"):
+            assert resolve_view_stage(name, torch.device("cuda")) is cuda.make_views
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "loaders.views.cuda", raising=False)
+    with pytest.raises(DataError, match="'cuda' needs triton, which torch's CUDA build brings"):
+        resolve_view_stage("auto", torch.device("cuda"))
     with pytest.raises(DataError, match="'gpu' is unknown"):
         resolve_view_stage("gpu", torch.device("cpu"))
