@@ -77,7 +77,9 @@ def probe_run(
         def logits(images: Tensor) -> Tensor:
             with torch.no_grad():
                 features = backbone(images)
-            return classifier(features)
+            # In fp32: a rate of 30 moves weights by steps that fewer bits would round away.
+            with torch.autocast(device.type, enabled=False):
+                return classifier(features.float())
 
         loader = open_split(
             config, "train", (_train_recipe(config),), shuffle=True, batch_size=probe.batch_size, seed=seed

@@ -247,11 +247,11 @@ def _adjusted(red, green, blue, op, strength, mean):  # type: ignore[no-untyped-
         if strength != 0:
             value = tl.maximum(tl.maximum(red, green), blue)
             chroma = value - tl.minimum(tl.minimum(red, green), blue)
-            divisor = tl.where(chroma == 0, 1.0, chroma)
-            from_green = 2 + (blue - red) / divisor
-            from_blue = 4 + (red - green) / divisor
+            inverse = 1 / tl.where(chroma == 0, 1.0, chroma)
+            from_green = 2 + (blue - red) * inverse
+            from_blue = 4 + (red - green) * inverse
             sextant = tl.where(value == green, from_green, from_blue)
-            sextant = tl.where(value == red, (green - blue) / divisor, sextant) + 6 * strength
+            sextant = tl.where(value == red, (green - blue) * inverse, sextant) + 6 * strength
             red = _turned(value, chroma, sextant + 5)
             green = _turned(value, chroma, sextant + 3)
             blue = _turned(value, chroma, sextant + 1)
@@ -273,9 +273,9 @@ def _adjusted(red, green, blue, op, strength, mean):  # type: ignore[no-untyped-
 def _loaded(images, n, pixels, inside, num_pixels):  # type: ignore[no-untyped-def]
     """Three planes of [0, 1]; the three loads share their cache lines."""
     source = images + n.to(tl.int64) * num_pixels * 3 + pixels * 3
-    red = tl.load(source, inside, other=0).to(tl.float32) / 255
-    green = tl.load(source + 1, inside, other=0).to(tl.float32) / 255
-    blue = tl.load(source + 2, inside, other=0).to(tl.float32) / 255
+    red = tl.load(source, inside, other=0).to(tl.float32) * (1 / 255)
+    green = tl.load(source + 1, inside, other=0).to(tl.float32) * (1 / 255)
+    blue = tl.load(source + 2, inside, other=0).to(tl.float32) * (1 / 255)
     return red, green, blue
 
 

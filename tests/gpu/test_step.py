@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 
 import pytest
 import torch
 
-from fast_essl import pretrain as pretrain_module
 from fast_essl import run_folder
 from fast_essl.config_io import load_config
 from fast_essl.pretrain import pretrain
@@ -34,14 +32,6 @@ def test_cuda_trains_as_the_cpu_does(tiny_config, tmp_path):
     assert losses(tmp_path / "cuda")[:4] == pytest.approx(losses(tmp_path / "cpu")[:4], rel=2e-3)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mixed_precision_stays_near_fp32(tiny_config, tmp_path, precision):
-    for name in ("fp32", precision):
-        overrides = ["--train.precision", name, "--train.knn-every", "0", "--train.max-steps", "4"]
-        pretrain(load_config(tiny_config, overrides), tmp_path / name, show_progress=False)
-    assert losses(tmp_path / precision) == pytest.approx(losses(tmp_path / "fp32"), rel=0.05)
-
-
 def test_a_step_that_is_not_logged_never_waits_for_the_device(tiny_config, tmp_path, monkeypatch):
     """From the second step to the one before the last: the first compiles kernels, the last is logged and saved."""
     end_step = Run.end_step
@@ -57,27 +47,6 @@ def test_a_step_that_is_not_logged_never_waits_for_the_device(tiny_config, tmp_p
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert summary.step == 6
-
-
-def test_every_convolution_sees_channels_last(tiny_config, tmp_path, monkeypatch):
-    seen = []
-    build = pretrain_module.build_method
-
-    def watched(*args, **kwargs):
-        method = build(*args, **kwargs)
-        for module in method.modules():
-            if isinstance(module, torch.nn.Conv2d):
-                module.register_forward_hook(
-                    lambda _, inputs, output: seen.extend(
-                        x.is_contiguous(memory_format=torch.channels_last) for x in (inputs[0], output)
-                    )
-                )
-        return method
-
-    monkeypatch.setattr(pretrain_module, "build_method", watched)
-    overrides = ["--train.max-steps", "2", "--train.knn-every", "0"]
-    pretrain(load_config(tiny_config, overrides), tmp_path, show_progress=False)
-    assert len(seen) > 50 and all(seen)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
@@ -110,33 +79,3 @@ def test_views_are_ready_when_they_are_used():
     finally:
         staging.to_device = identity
     assert [value.item() for value in sums] == list(range(8))
-
-
-def test_fp16_skips_a_step_whose_gradients_overflow(tiny_config, tmp_path, monkeypatch):
-    """One gradient is made infinite in the third step: that step leaves the weights, and the loss scale is halved."""
-    build, calls, weights = pretrain_module.build_method, [], []
-    end_step = Run.end_step
-
-    def watched(*args, **kwargs):
-        method = build(*args, **kwargs)
-        weight = method.backbone.conv1.weight
-
-        def overflow(gradient):
-            calls.append(1)
-            return gradient * torch.inf if len(calls) == 3 else gradient
-
-        weight.register_hook(overflow)
-        monkeypatch.setattr(
-            Run,
-            "end_step",
-            lambda run, *given: (weights.append(method.head[0].weight.clone()), end_step(run, *given)),
-        )
-        return method
-
-    monkeypatch.setattr(pretrain_module, "build_method", watched)
-    overrides = ["--train.precision", "fp16", "--train.max-steps", "5", "--train.knn-every", "0"]
-    pretrain(load_config(tiny_config, overrides), tmp_path, show_progress=False)
-    same = [torch.equal(before, after) for before, after in itertools.pairwise(weights)]
-    assert same == [False, True, False, False]
-    state = torch.load(tmp_path / run_folder.CHECKPOINT, weights_only=True)
-    assert state["scaler"]["scale"] == 2.0**15

@@ -48,7 +48,7 @@ def levels(views):
     return [(view.cpu().float() * std + mean)[order] * 255 for view in (*views.views, copies)]
 
 
-@pytest.mark.kernel
+@pytest.mark.device
 def test_every_loader_with_every_view_stage(photographs):
     is_there = {
         "dali": importlib.util.find_spec("nvidia.dali") if importlib.util.find_spec("nvidia") else None,

@@ -27,7 +27,7 @@ try:
     cuda = importlib.import_module("loaders.views.cuda")
 except ModuleNotFoundError:  # no triton
     cuda = None
-COMPILED = [cpu, pytest.param(cuda, marks=pytest.mark.kernel)] if cuda else [cpu]
+COMPILED = [cpu, pytest.param(cuda, marks=pytest.mark.device)] if cuda else [cpu]
 STAGES = [reference, *COMPILED]
 ROTATION = build_transformation("four_fold_rotation", size=8)
 NOTHING = Recipe.evaluation(20)
@@ -281,7 +281,7 @@ def test_a_transformation_may_use_a_pixel_twice(module):
     assert torch.allclose(views.transformed, expected.transformed, atol=1e-4)
 
 
-@pytest.mark.kernel
+@pytest.mark.device
 @pytest.mark.skipif(cuda is None, reason="needs triton")
 def test_triton_writes_every_value_of_its_result(monkeypatch):
     """With memory that holds NaN before the call; blurred and plain samples, views and copies, an odd size."""
@@ -297,7 +297,7 @@ def test_triton_writes_every_value_of_its_result(monkeypatch):
     assert all(torch.isfinite(view).all() for view in (*views.views, views.transformed))
 
 
-@pytest.mark.kernel
+@pytest.mark.device
 @pytest.mark.skipif(cuda is None, reason="needs triton")
 @pytest.mark.parametrize(
     ("images", "message"),
