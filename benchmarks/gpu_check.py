@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_check.py [--quick]
 
-Runs `pytest -m gpu`, then the benchmark of the step, each in a process of its own, and writes one dated record of them
-all. Ends with 1 if any of them failed; the record then says which.
+Runs the tests that use a device, then the benchmarks of view stage, kernels and step, each in a process of its own, and
+writes one dated record of them all. Ends with 1 if any of them failed; the record then says which.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from record import machine_facts, write_record
 
 HERE = Path(__file__).resolve().parent
 BENCHMARKS = {
+    "views": ["views.py", "--device", "cuda"],
+    "kernels": ["kernels.py", "--device", "cuda"],
     "step": ["step.py", "e_simclr_imagenet", "--batch-size", "256"],
 }
 QUICK = {"step": ["step.py", "e_simclr_cifar10", "--batch-size", "512", "--steps", "5"]}
@@ -37,7 +39,7 @@ def main() -> int:
         return 2
     facts = machine_facts()
     results: dict[str, Any] = {}
-    code, output = _run([sys.executable, "-m", "pytest", "-m", "gpu", "-q"], HERE.parent)
+    code, output = _run([sys.executable, "-m", "pytest", "-m", "gpu or device", "-q"], HERE.parent)
     results["tests"] = {"exit_code": code, "summary": output[-1] if output else ""}
     failed = ["tests"] if code else []
     for name, words in {**BENCHMARKS, **(QUICK if arguments.quick else {})}.items():

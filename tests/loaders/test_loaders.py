@@ -14,10 +14,12 @@ from loaders import open_loader
 from loaders.beton import read_tables
 from loaders.convert import convert
 from loaders.errors import DataError
-from loaders.ffcv_loader import FFCVLoader
 from loaders.recipe import Recipe
 from loaders.torch_loader import TorchLoader
 
+FFCVLoader = pytest.importorskip(
+    "loaders.ffcv_loader", reason="FFCV is not installed", exc_type=ImportError
+).FFCVLoader
 RECIPES = (
     Recipe(size=48, scale=(0.08, 1.0)),
     Recipe(size=48, scale=(0.08, 1.0), blur_p=0.5),
