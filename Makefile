@@ -39,7 +39,7 @@ lint: $(READY)
 	@$(BIN)/mypy
 
 bench: $(READY)
-	@$(BIN)/python benchmarks/loading.py
+	@$(BIN)/python benchmarks/peers.py
 	@$(BIN)/python benchmarks/views.py
 
 gpu-check: $(READY)

@@ -1,19 +1,30 @@
-"""How fast are the loaders, next to what they cannot be faster than? Peers in turn, in one run.
+"""How fast are the loaders, beside their bound and their peers? In turn, in one run.
 
-    python benchmarks/loading.py [IMAGE_FOLDER] [--record]
+    python benchmarks/peers.py [IMAGE_FOLDER] [--rounds 5] [--passes 4] [--record]
 
-All rows decode the same photographs for the ImageNet recipe of E-SimCLR (2 × 224² bicubic, 1 × 96² bilinear):
+All rows decode the same photographs with all cores, for the ImageNet recipe of E-SimCLR (2 × 224² bicubic, 1 × 96²
+bilinear). The bound:
 
-    decode           libjpeg-turbo alone, accurate DCT, from memory, all cores: the bound
-    decode, fast     the same with the fast, inexact DCT, as stock FFCV decodes
-    ffcv             FFCVLoader's Crops
-    dali             DALILoader's Crops, decoded on the CPU; left out where DALI is not installed
-    torch            TorchLoader's Crops: DataLoader workers and Pillow
-    ffcv + views     FFCVLoader's Crops, then the numba view stage: normalised views and four rotated copies
-    torch + Pillow   DataLoader workers that decode, crop and augment with Pillow, as the official release does
+    decode            libjpeg-turbo alone, accurate DCT, from memory
+    decode, fast      the same with the fast, inexact DCT, as stock FFCV decodes
 
-Every row runs in each round, the rounds are repeated, and the medians over rounds are told with their range.
-Without IMAGE_FOLDER, patches of scikit-learn's two photographs serve.
+Crops, uint8 and not augmented:
+
+    ffcv              FFCVLoader: one decode, Pillow's filters
+    dali              DALILoader, decoding on the CPU: one decode, crops from the same boxes
+    torch             TorchLoader: DataLoader workers and Pillow, one decode
+    stock ffcv        FFCV's own loader and random crop: a decode a crop, fast DCT, OpenCV's area filter, which does not
+                      smooth when it enlarges
+
+Views, augmented and normalised, with four rotated copies:
+
+    ffcv + views      FFCVLoader, then the numba view stage
+    dali operators    DALI's own random operators from one decode; no solarize, grey by saturation 0, one order of
+                      the jitter for all samples
+    torch + Pillow    DataLoader workers that decode, crop and augment with Pillow, as the official release does
+
+Every row runs in each round, the rounds are repeated, and the medians over rounds are told with their range. What is
+not installed is said and left out. Without IMAGE_FOLDER, patches of scikit-learn's two photographs serve.
 """
 
 from __future__ import annotations
@@ -25,6 +36,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
@@ -64,7 +76,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, help="an image folder, one directory a class")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--passes", type=int, default=4, help="times each photograph stands in the file")
-    parser.add_argument("--record", action="store_true", help="write benchmarks/records/DATE-loading.json")
+    parser.add_argument("--record", action="store_true", help="write benchmarks/records/DATE-peers.json")
     arguments = parser.parse_args()
     # Importing FFCV left torch and numba with one thread.
     numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
@@ -79,7 +91,7 @@ def main() -> None:
     _print(results)
     if arguments.record:
         results = {"num_samples": num_samples, "source": source.name, "samples_per_s": results}
-        print(write_record("loading", results, facts=facts))
+        print(write_record("peers", results, facts=facts))
 
 
 def _patches(folder: Path) -> Path:
@@ -158,10 +170,117 @@ def _rows(images: BetonImages) -> dict[str, Callable[[int], int]]:
         "ffcv": lambda epoch: count(ffcv.epoch(epoch)),
         "dali": lambda epoch: count(dali.epoch(epoch)),
         "torch": lambda epoch: count(reference.epoch(epoch)),
+        "stock ffcv": _stock_ffcv(images.path),
         "ffcv + views": ffcv_views,
+        "dali operators": _dali_operators(stored) if dali is not None else None,
         "torch + Pillow": pillow,
     }
-    return {name: load for name, load in rows.items() if name != "dali" or dali is not None}
+    return {name: load for name, load in rows.items() if dali is not None or "dali" not in name}
+
+
+def _stock_ffcv(path: Path) -> Callable[[int], int]:
+    """FFCV as it comes: each of the three crops is a pipeline of its own on the same field."""
+    import ffcv.fields.decoders as decoders
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.pipeline import PipelineSpec
+
+    pipelines = {
+        name: PipelineSpec(
+            "image",
+            decoder=decoders.RandomResizedCropRGBImageDecoder(
+                (recipe.size, recipe.size), scale=recipe.scale, ratio=recipe.ratio
+            ),
+            transforms=[],
+        )
+        for name, recipe in zip(("view1", "view2", "transformed"), RECIPES, strict=True)
+    }
+    pipelines |= {"image": None, "label": None}
+    loader = Loader(
+        str(path),
+        batch_size=BATCH_SIZE,
+        num_workers=len(os.sched_getaffinity(0)),
+        os_cache=True,
+        order=OrderOption.RANDOM,
+        drop_last=False,
+        pipelines=pipelines,
+    )
+    numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+    return lambda epoch: sum(len(batch[0]) for batch in loader)
+
+
+def _dali_operators(stored: list[np.ndarray]) -> Callable[[int], int]:
+    """DALI as it comes: its random operators, on the CPU; each epoch is the photographs in order."""
+    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
+
+    filters = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+    position = iter(range(len(stored)))
+
+    def next_batch() -> list[np.ndarray]:
+        nonlocal position
+        numbers = [number for _, number in zip(range(BATCH_SIZE), position, strict=False)]
+        if not numbers:
+            position = iter(range(len(stored)))
+            raise StopIteration
+        return [stored[number] for number in numbers]
+
+    @pipeline_def(
+        batch_size=BATCH_SIZE,
+        num_threads=len(os.sched_getaffinity(0)),
+        device_id=None,
+        prefetch_queue_depth=2,
+        seed=0,
+    )
+    def graph() -> tuple[Any, ...]:
+        image = fn.decoders.image(fn.external_source(next_batch, no_copy=True), device="cpu")
+        views = []
+        for recipe in RECIPES:
+            view = fn.random_resized_crop(
+                image,
+                size=recipe.size,
+                random_area=recipe.scale,
+                random_aspect_ratio=recipe.ratio,
+                interp_type=filters[recipe.interpolation],
+                antialias=True,
+            )
+            jittered = fn.random.coin_flip(probability=recipe.jitter_p)
+
+            def factor(strength: float, on: Any = jittered) -> Any:
+                return 1 + on * fn.random.uniform(range=(-strength, strength))
+
+            grey = fn.random.coin_flip(probability=recipe.grey_p)
+            view = fn.color_twist(
+                view,
+                brightness=factor(recipe.brightness),
+                contrast=factor(recipe.contrast),
+                saturation=factor(recipe.saturation) * (1 - grey),
+                hue=jittered * fn.random.uniform(range=(-360 * recipe.hue, 360 * recipe.hue)),
+            )
+            blurred = fn.random.coin_flip(probability=recipe.blur_p)
+            # A sigma of 0.1 leaves the pixels as they are.
+            sigma = 0.1 + blurred * fn.random.uniform(range=(0, recipe.blur_sigma[1] - 0.1))
+            view = fn.gaussian_blur(view, sigma=sigma)
+            views.append(
+                fn.crop_mirror_normalize(
+                    view,
+                    dtype=types.FLOAT,
+                    output_layout="HWC",
+                    mirror=fn.random.coin_flip(probability=recipe.flip_p),
+                    mean=[255 * value for value in recipe.mean],
+                    std=[255 * value for value in recipe.std],
+                )
+            )
+        third = views.pop()
+        turned = fn.flip(
+            fn.transpose(third, perm=(1, 0, 2), transpose_layout=False), vertical=1, horizontal=0
+        )
+        return (*views, third, turned, fn.flip(third, vertical=1), fn.flip(turned, vertical=1))
+
+    names = ["view1", "view2", "copy0", "copy1", "copy2", "copy3"]
+    pipeline = graph()
+    pipeline.build()
+    batches = DALIGenericIterator(pipeline, names, auto_reset=True, last_batch_policy=LastBatchPolicy.PARTIAL)
+    return lambda epoch: sum(len(batch[0]["view1"]) for batch in batches)
 
 
 @numba.njit(parallel=True, nogil=True)
@@ -259,10 +378,17 @@ def _print(results: dict[str, dict[str, object]]) -> None:
     for name, row in results.items():
         spread = f"{row['min']} – {row['max']}"
         print(f"{name:16}{row['median']:>11}{spread:>18}{row['median_ratio_to_decode']:>10}")
-    ratio = results["ffcv + views"]["median"] / results["torch + Pillow"]["median"]
-    print(
-        f"ffcv + views is {ratio:.2f} × torch + Pillow; ffcv is {results['ffcv']['median_ratio_to_decode']} × decode"
-    )
+    rates = {name: row["median"] for name, row in results.items()}
+    print(f"ffcv is {results['ffcv']['median_ratio_to_decode']} × decode", end="")
+    for one, other in (
+        ("ffcv", "stock ffcv"),
+        ("ffcv", "torch + Pillow"),
+        ("ffcv + views", "torch + Pillow"),
+        ("ffcv + views", "dali operators"),
+    ):
+        if other in rates:
+            print(f"; {one} is {rates[one] / rates[other]:.2f} × {other}", end="")
+    print()
 
 
 if __name__ == "__main__":
