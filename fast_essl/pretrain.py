@@ -13,7 +13,6 @@ import os
 import shlex
 import sys
 from collections.abc import Generator
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,65 +22,73 @@ from tqdm import tqdm
 from fast_essl import run_folder
 from fast_essl.config import Config, ConfigError
 from fast_essl.config_io import config_to_toml
-from fast_essl.evaluate_run import (
-    EvaluationSplits,
-    count_classes,
-    open_split,
-    resolve_device,
-    use_threads,
-)
+from fast_essl.evaluate_run import resolve_device, use_threads
 from fast_essl.interchange import load_backbone
-from fast_essl.methods import build_method
+from fast_essl.methods import ESSL, build_method
 from fast_essl.optim import build_optimizer, set_learning_rates
 from fast_essl.run import Run, StopSignals, Summary
 from fast_essl.schedule import learning_rate_share
+from fast_essl.source import Source, image_source
 from fast_essl.staging import staged
-from fast_essl.transformations import config_transformations
 from loaders.batch import Crops
-from loaders.views import resolve_view_stage
 
 
 def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Summary:
+    """Train the configured method on images, or go on training the run in `run_dir`: as `train` does.
+
+    Errors: `ConfigError` and `DataError` before any step for what does not fit together; as `train`.
+    """
+    device, dtype = resolve_device(config)
+    _refuse_ranks(config.train.batch_size)
+    use_threads(config)
+    with image_source(config, device, dtype) as source:
+        method = build_method(config, num_classes=source.num_classes)
+        if config.train.init_from and not (run_dir / run_folder.CHECKPOINT).exists():
+            load_backbone(method.backbone, Path(config.train.init_from))
+        return train(
+            config,
+            run_dir,
+            source=source,
+            method=method,
+            device=device,
+            dtype=dtype,
+            show_progress=show_progress,
+        )
+
+
+def train(
+    config: Config,
+    run_dir: Path,
+    *,
+    source: Source,
+    method: ESSL,
+    device: torch.device,
+    dtype: torch.dtype,
+    show_progress: bool = True,
+) -> Summary:
     """Train, or go on training, the run in `run_dir` until it is finished or a signal stops it.
 
     Leaves in the folder: config.toml, environment.json, metrics.jsonl, last.pt and, when finished, backbone.pt.
     SIGINT and SIGTERM end the step at hand, save a checkpoint and return; a second one acts as without fast_essl.
 
-    Errors: `ConfigError` and `DataError` before any step for what does not fit together (a checkpoint of another
-    configuration or dataset among it), `NonFiniteLossError`, `DataError` for a sample that does not decode.
+    Args: `source` of the batches; `method` on the CPU, as initialised; `device` and autocast `dtype` to train with.
+    Errors: `ConfigError` and `DataError` before any step for a checkpoint of another configuration or dataset,
+    `NonFiniteLossError`, `DataError` for a sample that does not decode.
     """
-    device, dtype = resolve_device(config)
-    train, recipes = config.train, config.crop_recipes()
-    equivariance, invariance = config_transformations(config)
-    _refuse_ranks(train.batch_size)
-    use_threads(config)
-    if train.knn_every:
-        count_classes(config)  # the online evaluation would find out only after an epoch
+    settings = config.train
     with contextlib.ExitStack() as stack:
-        loader = stack.enter_context(contextlib.closing(open_split(config, "train", recipes, shuffle=True)))
-        splits = stack.enter_context(contextlib.closing(EvaluationSplits(config, device)))
         stack.enter_context(run_folder.held(run_dir))
-        steps_per_epoch = len(loader)
-        schedule_steps = train.epochs * steps_per_epoch
-        last_step = min(schedule_steps, train.max_steps or schedule_steps)
-        make_views = partial(
-            resolve_view_stage(config.data.view_stage, device),
-            recipes=recipes,
-            equivariance=equivariance,
-            invariance=invariance,
-            dtype=dtype,
-        )
-        method = build_method(config, num_classes=loader.num_classes)
-        if train.init_from and not (run_dir / run_folder.CHECKPOINT).exists():
-            load_backbone(method.backbone, Path(train.init_from))
+        steps_per_epoch = len(source.loader)
+        schedule_steps = settings.epochs * steps_per_epoch
+        last_step = min(schedule_steps, settings.max_steps or schedule_steps)
         method = method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if train.compile != "none":
+        if settings.compile != "none":
             # In place, so that the checkpoint's names stay; the loss and the heads are a few kernels.
-            method.backbone.compile(mode=train.compile, dynamic=False)
+            method.backbone.compile(mode=settings.compile, dynamic=False)
         optimizer = build_optimizer(
             method.parameters(),
             config.optimizer,
-            batch_size=train.batch_size,
+            batch_size=settings.batch_size,
             constant_rate_parameters=method.constant_rate_parameters(),
         )
         scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
@@ -92,7 +99,7 @@ def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Su
             backbone=method.backbone,
             optimizer=optimizer,
             scaler=scaler,
-            dataset_digest=loader.manifest.digest,
+            dataset_digest=source.digest,
         )
         stack.callback(run.close)
         if run.step >= last_step:
@@ -103,9 +110,11 @@ def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Su
 
         def evaluate_if_due() -> None:
             num_epochs, rest = divmod(run.step, steps_per_epoch)
-            due = bool(train.knn_every and num_epochs and not rest and num_epochs % train.knn_every == 0)
+            due = bool(
+                settings.knn_every and num_epochs and not rest and num_epochs % settings.knn_every == 0
+            )
             if due and run.evaluated_step != run.step:
-                run.evaluate(num_epochs - 1, lambda: {"knn_top1": splits.knn_top1(method.backbone)})
+                run.evaluate(num_epochs - 1, lambda: source.evaluate(method.backbone))
 
         bar = stack.enter_context(
             tqdm(
@@ -117,10 +126,10 @@ def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Su
             )
         )
         signals = stack.enter_context(StopSignals())
-        batches = stack.enter_context(contextlib.closing(_steps(loader, run.step, last_step)))
+        batches = stack.enter_context(contextlib.closing(_steps(source.loader, run.step, last_step)))
         method.train()
         evaluate_if_due()  # where a signal came between an epoch's last step and its evaluation
-        for views in staged(run.meter.waiting_for(batches), make_views, device):
+        for views in staged(run.meter.waiting_for(batches), source.make_views, device):
             per_epoch = config.optimizer.schedule == "epoch"
             share = learning_rate_share(
                 run.step - run.step % steps_per_epoch if per_epoch else run.step,
@@ -129,7 +138,7 @@ def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Su
                 final=config.optimizer.final_learning_rate,
             )
             set_learning_rates(optimizer, share)
-            if train.compile != "none":
+            if settings.compile != "none":
                 torch.compiler.cudagraph_mark_step_begin()
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
                 output = method(views)
@@ -142,7 +151,7 @@ def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Su
 
             finished = run.step == last_step
             stopped = signals.number is not None and not finished
-            if run.step % train.log_every == 0 or finished:
+            if run.step % settings.log_every == 0 or finished:
                 line = run.log(
                     epoch=(run.step - 1) // steps_per_epoch,
                     learning_rate=optimizer.param_groups[0]["lr"],
@@ -155,7 +164,7 @@ def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Su
                 bar.set_postfix(_shown(line), refresh=False)
             if not stopped:
                 evaluate_if_due()
-            if run.step % train.checkpoint_every == 0 or finished or stopped:
+            if run.step % settings.checkpoint_every == 0 or finished or stopped:
                 run.save(finished=finished)
             if stopped:
                 return _summary(run, "stopped", last_step, signals.number)

@@ -1,0 +1,71 @@
+"""Where a run's batches come from, and what its backbone is worth on the way: images, or any other kind of data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from fast_essl.config import Config
+from fast_essl.evaluate_run import EvaluationSplits, count_classes, open_split
+from fast_essl.transformations import config_transformations
+from loaders.batch import Crops, Views
+from loaders.views import resolve_view_stage
+
+
+class Loader(Protocol):
+    """What the training loop asks of a loader."""
+
+    def __len__(self) -> int:
+        """Steps an epoch."""
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Crops]:
+        """The batches of an epoch from `start_step` on; what it holds is freed with the generator."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What the training loop is fed with."""
+
+    loader: Loader
+    make_views: Callable[[Crops], Views]
+    """A batch of the loader, on the training device, to what the method takes."""
+    evaluate: Callable[[nn.Module], dict[str, float]]
+    """The online evaluation of a backbone: {metric: value}, written to metrics.jsonl."""
+    digest: str
+    """Names the data's content; a run is only continued on the same."""
+    num_classes: int
+
+
+@contextlib.contextmanager
+def image_source(config: Config, device: torch.device, dtype: torch.dtype) -> Iterator[Source]:
+    """The configured images, open as long as the context is; evaluated by kNN on the test split.
+
+    Errors: `ConfigError` and `DataError` for what cannot be opened or does not fit together.
+    """
+    recipes = config.crop_recipes()
+    equivariance, invariance = config_transformations(config)
+    if config.train.knn_every:
+        count_classes(config)  # the online evaluation would find out only after an epoch
+    with (
+        contextlib.closing(open_split(config, "train", recipes, shuffle=True)) as loader,
+        contextlib.closing(EvaluationSplits(config, device)) as splits,
+    ):
+        yield Source(
+            loader=loader,
+            make_views=partial(
+                resolve_view_stage(config.data.view_stage, device),
+                recipes=recipes,
+                equivariance=equivariance,
+                invariance=invariance,
+                dtype=dtype,
+            ),
+            evaluate=lambda backbone: {"knn_top1": splits.knn_top1(backbone)},
+            digest=loader.manifest.digest,
+            num_classes=loader.num_classes,
+        )
