@@ -213,8 +213,8 @@ def test_weights_that_are_not_finite_are_never_saved(
 
 def test_another_configuration_or_dataset_is_refused(tiny_config: Path, tmp_path: Path) -> None:
     pretrain(_config(tiny_config, "--train.max-steps 2"), tmp_path, show_progress=False)
-    with pytest.raises(ConfigError, match=r"model\.width = 4 there and 8 now"):
-        pretrain(_config(tiny_config, "--model.width 8"), tmp_path, show_progress=False)
+    with pytest.raises(ConfigError, match=r"model\.width = 8 there and 16 now"):
+        pretrain(_config(tiny_config, "--model.width 16"), tmp_path, show_progress=False)
     other = tiny_config.parent / "other.beton"
     with pytest.raises(DataError, match=r"other images than .*other\.beton"):
         pretrain(_config(tiny_config, f"--data.train {other}"), tmp_path, show_progress=False)
