@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fast_essl.config import Config, ConfigError
+from fast_essl.config import Config, ConfigError, ModelConfig
 from fast_essl.config_io import config_to_toml, find_config, load_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
