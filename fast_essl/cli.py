@@ -16,11 +16,12 @@ from typing import NoReturn
 
 from fast_essl import __version__
 from fast_essl.config import Config, ConfigError
+from fast_essl.speedrun_command import add_speedrun
 from loaders.errors import DataError
 
 PRETRAIN_USAGE = "fast-essl pretrain CONFIG [--run-dir DIR] [--section.field VALUE ...]"
 
-TAKE_OVERRIDES = ("pretrain", "evaluate", "probe", "finetune", "study", "demo")
+TAKE_OVERRIDES = ("pretrain", "evaluate", "probe", "finetune", "study", "demo", "speedrun")
 """Commands that take `--section.field VALUE`."""
 
 
@@ -160,6 +161,8 @@ def _build_parser() -> argparse.ArgumentParser:
     study.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the runs (default: runs/<STUDY's name>)"
     )
+
+    add_speedrun(commands)
 
     transformations = commands.add_parser(
         "transformations", help="what features can be made sensitive or insensitive to", allow_abbrev=False

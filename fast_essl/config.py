@@ -29,8 +29,8 @@ class DataConfig:
     """The `.beton` file to pretrain on, relative to the working directory; also the bank of the evaluations."""
     test: Path
     """The `.beton` file that evaluations score on."""
-    loader: Literal["ffcv", "dali", "torch"] = "ffcv"
-    """Which loader reads the files."""
+    loader: Literal["ffcv", "dali", "device", "torch"] = "ffcv"
+    """Which loader reads the files; `device` keeps small images of one size on the training device and cuts there."""
     num_workers: int = 0
     """Threads (ffcv, dali) or processes (torch) of the loader; 0 means all cores."""
     dali_decoder: Literal["auto", "cpu", "mixed"] = "auto"
@@ -136,6 +136,9 @@ class MethodConfig:
     """Weight of Barlow Twins' redundancy term (Zbontar et al., 2021)."""
     equivariance_weight: float = 0.4
     """λ in L = L_ssl + λ · L_equivariance (paper, section 3); 0 is the plain SSL baseline."""
+    passes: Literal["separate", "joint_views", "joint_all"] = "separate"
+    """Inputs that pass the backbone together and share BatchNorm's statistics: none (the paper's), the two views, or
+    the transformed copies, too; these must then be of the views' size."""
     online_classifier: bool = False
     """Whether to train a linear classifier on detached features beside the method (the paper's ImageNet runs)."""
 
@@ -156,6 +159,8 @@ class TransformationConfig:
     """Transformation of the third crop that the prediction head tells."""
     equivariance_elements: tuple[int, ...] = ()
     """Numbers of the elements to use, in the order of their labels; none means all."""
+    equivariance_copies: Literal["all", "one"] = "all"
+    """Whether a step sees the third crop of each sample in all ways (the paper's), or in one drawn for it."""
     invariance: str = "none"
     """Transformation of which each of the two views gets a random element, as one augmentation more."""
     invariance_elements: tuple[int, ...] = ()
@@ -317,6 +322,25 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeedrunConfig:
+    """What `fast-essl speedrun` measures: the time to an accuracy, or the accuracy after a time."""
+
+    target: float = 0.0
+    """kNN top-1 (k = 10, cosine, test split) that ends a run, share of 1; 0 for none: the budget ends it."""
+    budget_minutes: float = 0.0
+    """Training ends with the first step after so many minutes; 0 for no limit but train.epochs."""
+    runs: int = 3
+    """Runs, of the seeds train.seed, train.seed + 1, …"""
+    source: str = ""
+    """What data.train and data.test are converted from where they are missing, as by `fast-essl convert`."""
+
+    def __post_init__(self) -> None:
+        _require(self, "target", 0 <= self.target <= 1, "a share from 0 to 1, as 0.9 for 90%")
+        _require(self, "budget_minutes", 0 <= self.budget_minutes < float("inf"), "0 or more")
+        _require(self, "runs", self.runs >= 1, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that defines a run."""
 
@@ -340,12 +364,21 @@ class Config:
     """The linear probe of `fast-essl probe`."""
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     """The fine-tuning of `fast-essl finetune`."""
+    speedrun: SpeedrunConfig = field(default_factory=SpeedrunConfig)
+    """The end of a run of `fast-essl speedrun`."""
 
     def __post_init__(self) -> None:
         if self.optimizer.warmup_epochs > self.train.epochs:
             raise ValueError(
                 f"optimizer.warmup_epochs = {self.optimizer.warmup_epochs}: must be at most "
                 f"train.epochs = {self.train.epochs}"
+            )
+
+        sizes = [recipe.size for recipe in self.crop_recipes()]
+        num_joint = {"separate": 1, "joint_views": 2, "joint_all": len(sizes)}[self.method.passes]
+        if len(set(sizes[:num_joint])) > 1:
+            raise ValueError(
+                f"method.passes = {self.method.passes!r}: the inputs' sizes {sizes[:num_joint]} must be equal"
             )
 
     def crop_recipes(self) -> tuple[Recipe, ...]:

@@ -61,6 +61,8 @@ def open_split(
     options = {"batch_size": config.train.batch_size, "seed": config.train.seed, **plan}
     if config.data.loader == "dali":
         options["decoder"] = dali_decoder(config)
+    if config.data.loader == "device":
+        options["device"], _ = resolve_device(config)
     try:
         return open_loader(
             config.data.loader,
@@ -121,10 +123,10 @@ class EvaluationSplits:
             for crops in batches:
                 yield make_views(to_device(crops, self._device), self._recipes)
 
-    def knn_top1(self, backbone: nn.Module) -> float:
-        """Top-1 of plain kNN: the online evaluation."""
-        bank, bank_labels = extract_features(backbone, self.batches("train"))
-        queries, labels = extract_features(backbone, self.batches("test"))
+    def knn_top1(self, backbone: nn.Module, dtype: torch.dtype) -> float:
+        """Top-1 of plain kNN, features computed in the autocast type `dtype`: the online evaluation."""
+        bank, bank_labels = extract_features(backbone, self.batches("train"), dtype)
+        queries, labels = extract_features(backbone, self.batches("test"), dtype)
         return float(knn_accuracy(bank, bank_labels, queries, labels))
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +89,7 @@ class ESSL(nn.Module):
         ssl: SimCLR | SimSiam | BarlowTwins,
         *,
         equivariance_weight: float,
+        passes: Literal["separate", "joint_views", "joint_all"] = "separate",
         head: nn.Module | None = None,
         online_classifier: nn.Module | None = None,
     ) -> None:
@@ -98,21 +100,21 @@ class ESSL(nn.Module):
         self.head = head
         self.online_classifier = online_classifier
         self.equivariance_weight = equivariance_weight
+        self.passes = passes
 
     def constant_rate_parameters(self) -> list[nn.Parameter]:
         """The predictor's, whose learning rate no schedule lowers (SimSiam paper, section 4.3)."""
         return list(self.ssl.predictor.parameters()) if isinstance(self.ssl, SimSiam) else []
 
     def forward(self, views: Views) -> MethodOutput:
-        """Each input passes the backbone on its own, so that BatchNorm sees each view's own statistics."""
-        view1, view2 = views.views
-        features1, features2 = self.backbone(view1), self.backbone(view2)
+        """The losses of a batch, on the backbone's features of every input."""
+        features1, features2, *transformed_features = self._features(views)
         ssl_loss = self.ssl(features1, features2)
         loss, equivariance_loss, equivariance_accuracy, online_accuracy = ssl_loss, None, None, None
         if self.head is not None:
-            if views.transformed is None or views.transformed_labels is None:
+            if views.transformed_labels is None:
                 raise ValueError("equivariance_weight is above 0, but the batch has no transformed copies")
-            logits = self.head(self.backbone(views.transformed)).float()
+            logits = self.head(transformed_features[0]).float()
             equivariance_loss = F.cross_entropy(logits, views.transformed_labels)
             equivariance_accuracy = _accuracy(logits, views.transformed_labels)
             loss = loss + self.equivariance_weight * equivariance_loss
@@ -128,6 +130,21 @@ class ESSL(nn.Module):
             equivariance_accuracy=equivariance_accuracy,
             online_accuracy=online_accuracy,
         )
+
+    def _features(self, views: Views) -> list[Tensor]:
+        """Of both views and, where there is a head, of the transformed copies, in as many passes as configured.
+
+        On its own, each input is normalised by its own statistics; together they share them, in fewer, larger kernels.
+        """
+        inputs = list(views.views)
+        if self.head is not None and views.transformed is not None:
+            inputs.append(views.transformed)
+        if self.passes == "separate":
+            return [self.backbone(images) for images in inputs]
+        num_joint = 2 if self.passes == "joint_views" else len(inputs)
+        together, apart = inputs[:num_joint], inputs[num_joint:]
+        features = self.backbone(torch.cat(together)).split([len(images) for images in together])
+        return [*features, *(self.backbone(images) for images in apart)]
 
 
 _SSL: dict[str, type[SimCLR] | type[SimSiam] | type[BarlowTwins]] = {
@@ -166,6 +183,7 @@ def build_method(config: Config, *, num_classes: int) -> ESSL:
         backbone,
         ssl,
         equivariance_weight=method.equivariance_weight,
+        passes=method.passes,
         head=head,
         online_classifier=online_classifier,
     )

@@ -35,8 +35,12 @@ def staged(
             yield make_views(crops)
         return
     stream = torch.cuda.Stream(device)
-    for crops in batches:
-        with torch.cuda.stream(stream):
+    arriving = iter(batches)
+    while True:
+        with torch.cuda.stream(stream):  # also of a loader that cuts the crops on the device
+            crops = next(arriving, None)
+            if crops is None:
+                return
             views = make_views(to_device(crops, device))
         training = torch.cuda.current_stream(device)
         training.wait_stream(stream)

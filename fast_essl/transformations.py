@@ -10,6 +10,7 @@ Source: the study of the paper's figure 1 and section 5; the cyclic translations
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -174,6 +175,7 @@ def config_transformations(config: Config) -> tuple[Transformation | None, Trans
             equivariance = build_transformation(
                 chosen.equivariance, chosen.equivariance_elements, size=config.views.transformed.size
             )
+            equivariance = replace(equivariance, one_copy=chosen.equivariance_copies == "one")
     except ConfigError as error:
         raise ConfigError(f"transformation.equivariance: {error}") from None
     try:
