@@ -38,10 +38,10 @@ def staged(
     arriving = iter(batches)
     while True:
         with torch.cuda.stream(stream):  # also of a loader that cuts the crops on the device
-            crops = next(arriving, None)
-            if crops is None:
+            arrived = next(arriving, None)
+            if arrived is None:
                 return
-            views = make_views(to_device(crops, device))
+            views = make_views(to_device(arrived, device))
         training = torch.cuda.current_stream(device)
         training.wait_stream(stream)
         for tensor in (

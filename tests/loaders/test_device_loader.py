@@ -26,7 +26,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_crops_are_the_reference_loaders(photo_beton, device):
-    """All batches of an epoch, the last one short: same order, boxes and labels; pixels up to Pillow's second rounding."""
+    """A whole epoch, its last batch short: order, boxes and labels; pixels up to Pillow's second rounding."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     options = {"batch_size": 32, "seed": 5, "drop_last": False, "num_workers": 1}
