@@ -34,7 +34,7 @@ from fast_essl.checkpoint import load_checkpoint
 from fast_essl.config import Config, ConfigError
 from fast_essl.config_io import config_to_table, load_config
 from fast_essl.conversion import convert_where_needed
-from fast_essl.evaluate_run import resolve_device, use_threads
+from fast_essl.evaluate_run import count_classes, resolve_device, use_threads
 from fast_essl.interchange import load_backbone
 from fast_essl.leaderboard import LEADERBOARD, write_leaderboard
 from fast_essl.methods import ESSL, build_method
@@ -42,6 +42,7 @@ from fast_essl.pretrain import train
 from fast_essl.run import Goal
 from fast_essl.source import Source, image_source
 from fast_essl.staging import to_device
+from loaders.batch import Views
 from loaders.manifest import Manifest
 
 STARTS = "speedrun.json"
@@ -84,6 +85,7 @@ def run_speedrun(
         raise ConfigError("train.knn_every = 0: a target needs evaluations; choose 1 or more epochs")
     _check_writable(record_dir)
     conversion_s = _convert(config, say)
+    count_classes(config)
     runs = []
     for number in range(config.speedrun.runs):
         seed = config.train.seed + number
@@ -215,24 +217,35 @@ def _train(config: Config, run_dir: Path, history: dict[str, Any], show_progress
         signal.raise_signal(summary.signal_number)
 
 
-def _warm_up(method: ESSL, source: Source, config: Config, device: torch.device, dtype: torch.dtype) -> float:
-    """Compile all that a run calls, and leave the method as it was; returns the initial weights' kNN top-1."""
+def _warm_up(
+    method: ESSL, source: Source, config: Config, device: torch.device, dtype: torch.dtype
+) -> float | None:
+    """Compile all that a run calls, and leave the method as it was.
+
+    Returns: the initial weights' kNN top-1; None where nothing is evaluated on the way, which may take long.
+    """
     state = {name: value.clone() for name, value in method.state_dict().items()}
     method.train()
-    with contextlib.closing(source.loader.epoch(0)) as batches:
-        views = source.make_views(to_device(next(batches), device))
-    for _ in range(NUM_WARM_UP_STEPS):
-        if config.train.compile != "none":
-            torch.compiler.cudagraph_mark_step_begin()
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
-            loss = method(views).loss
-        loss.backward()
+    for epoch in (0, *config.views.size_epochs):  # one of each size
+        with contextlib.closing(source.loader.epoch(epoch)) as batches:
+            views = source.make_views(to_device(next(batches), device))
+        for _ in range(NUM_WARM_UP_STEPS):
+            _pass(method, views, config, device, dtype)
     method.zero_grad()
     method.load_state_dict(state)
-    accuracy = source.evaluate(method.backbone)["knn_top1"]
+    accuracy = source.evaluate(method.backbone)["knn_top1"] if config.train.knn_every else None
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return accuracy
+
+
+def _pass(method: ESSL, views: Views, config: Config, device: torch.device, dtype: torch.dtype) -> None:
+    """Forward and backward as in a step."""
+    if config.train.compile != "none":
+        torch.compiler.cudagraph_mark_step_begin()
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
+        loss = method(views).loss
+    loss.backward()
 
 
 def _outcome(config: Config, run_dir: Path, history: dict[str, Any]) -> dict[str, Any]:

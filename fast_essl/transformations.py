@@ -180,7 +180,7 @@ def config_transformations(config: Config) -> tuple[Transformation | None, Trans
         raise ConfigError(f"transformation.equivariance: {error}") from None
     try:
         if chosen.invariance != "none":
-            for size in {config.views.view1.size, config.views.view2.size}:
+            for size in {config.views.view1.size, config.views.view2.size, *config.views.sizes}:
                 invariance = build_transformation(chosen.invariance, chosen.invariance_elements, size=size)
     except ConfigError as error:
         raise ConfigError(f"transformation.invariance: {error}") from None

@@ -78,9 +78,10 @@ def test_a_run_ends_with_the_epoch_that_reaches_the_target(
     assert any("mean ± sample standard deviation, n = 2" in line for line in result_lines(record, path))
 
 
-def test_the_preparation_changes_no_weight(tiny_config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", ["", "--views.sizes 8 16 --views.size-epochs 2"])
+def test_the_preparation_changes_no_weight(tiny_config: Path, tmp_path: Path, options: str) -> None:
     """Without a target, a run ends in the weights of `pretrain`, and its log has the same losses."""
-    config = _config(tiny_config, "--speedrun.runs 1")
+    config = _config(tiny_config, f"--speedrun.runs 1 {options}")
     record, _ = _run(config, tmp_path)
     pretrain(config, tmp_path / "plain", show_progress=False)
     run_dir = tmp_path / "runs/tiny/seed0"
