@@ -15,23 +15,16 @@ QUERIES_A_CHUNK = 512
 
 
 @torch.no_grad()
-def extract_features(
-    backbone: nn.Module, batches: Iterable[Views], dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
+def extract_features(backbone: nn.Module, batches: Iterable[Views]) -> tuple[Tensor, Tensor]:
     """Features of the first view of every sample, the backbone in evaluation mode (BatchNorm statistics frozen).
 
-    Args: `dtype` of the autocast to compute in.
     Returns: ((N, D) float32, (N,) int64 labels), on the device of the batches, in their order. The backbone's mode is
     as before afterwards.
     """
     was_training = backbone.training
     backbone.eval()
     try:
-        pairs = []
-        for views in batches:
-            with torch.autocast(views.labels.device.type, dtype=dtype, enabled=dtype is not torch.float32):
-                features = backbone(views.views[0])
-            pairs.append((features.float(), views.labels))
+        pairs = [(backbone(views.views[0]).float(), views.labels) for views in batches]
     finally:
         backbone.train(was_training)
     features, labels = zip(*pairs, strict=True)

@@ -123,10 +123,10 @@ class EvaluationSplits:
             for crops in batches:
                 yield make_views(to_device(crops, self._device), self._recipes)
 
-    def knn_top1(self, backbone: nn.Module, dtype: torch.dtype) -> float:
-        """Top-1 of plain kNN, features computed in the autocast type `dtype`: the online evaluation."""
-        bank, bank_labels = extract_features(backbone, self.batches("train"), dtype)
-        queries, labels = extract_features(backbone, self.batches("test"), dtype)
+    def knn_top1(self, backbone: nn.Module) -> float:
+        """Top-1 of plain kNN: the online evaluation."""
+        bank, bank_labels = extract_features(backbone, self.batches("train"))
+        queries, labels = extract_features(backbone, self.batches("test"))
         return float(knn_accuracy(bank, bank_labels, queries, labels))
 
     def close(self) -> None:

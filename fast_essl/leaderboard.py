@@ -20,22 +20,27 @@ preparation (opening it, compiling) stand in the records alone. kNN: k = 10, cos
 """
 
 
-def write_leaderboard(record_dir: Path) -> Path:
-    """Write the table: by data, then the higher target, then the shorter time or, without a target, the higher kNN.
-
-    Records that not all runs reached the target in stand below, without a time.
-
-    Errors: `DataError` naming a record that is damaged; `OSError`.
-    """
-    records = []
+def read_records(record_dir: Path) -> dict[str, dict[str, Any]]:
+    """The speed-run records of a folder by their files' names. Errors: `DataError` naming a damaged one; `OSError`."""
+    records = {}
     for path in sorted(record_dir.glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise DataError(f"{path}: not a record ({error}); repair it or move it away") from None
         if isinstance(record, dict) and record.get("kind") == "speedrun":
-            records.append((path.name, record))
-    records.sort(key=lambda item: _rank(item[1]))
+            records[path.name] = record
+    return records
+
+
+def write_leaderboard(record_dir: Path) -> Path:
+    """Write the table: by data, then the higher target, then the shorter time or, without a target, the higher kNN.
+
+    Records whose target not all runs reached stand below the others of it, without a time.
+
+    Errors: as `read_records`.
+    """
+    records = sorted(read_records(record_dir).items(), key=lambda item: _rank(item[1]))
     path = record_dir / LEADERBOARD
     path.write_text(HEADER + "".join(_row(name, record) for name, record in records), encoding="utf-8")
     return path

@@ -88,7 +88,7 @@ def image_source(config: Config, device: torch.device, dtype: torch.dtype) -> It
                 invariance=invariance,
                 dtype=dtype,
             ),
-            evaluate=lambda backbone: {"knn_top1": splits.knn_top1(backbone, dtype)},
+            evaluate=lambda backbone: {"knn_top1": splits.knn_top1(backbone)},
             digest=loader.manifest.digest,
             num_classes=loader.num_classes,
         )

@@ -36,7 +36,7 @@ from fast_essl.config_io import config_to_table, load_config
 from fast_essl.conversion import convert_where_needed
 from fast_essl.evaluate_run import count_classes, resolve_device, use_threads
 from fast_essl.interchange import load_backbone
-from fast_essl.leaderboard import LEADERBOARD, write_leaderboard
+from fast_essl.leaderboard import LEADERBOARD, read_records, write_leaderboard
 from fast_essl.methods import ESSL, build_method
 from fast_essl.pretrain import train
 from fast_essl.run import Goal
@@ -83,7 +83,7 @@ def run_speedrun(
         raise ConfigError("WORLD_SIZE: a speed-run is one process; start it without torchrun")
     if config.speedrun.target and not config.train.knn_every:
         raise ConfigError("train.knn_every = 0: a target needs evaluations; choose 1 or more epochs")
-    _check_writable(record_dir)
+    _check_writable(record_dir, out.name)
     conversion_s = _convert(config, say)
     count_classes(config)
     runs = []
@@ -174,7 +174,7 @@ def _make_run(
         say(f"{run_dir}: has ended, reused")
     else:
         say(f"{run_dir}: seed {config.train.seed}")
-        _train(config, run_dir, history, show_progress)
+        _train(config, run_dir, history, say, show_progress)
         history["ended_for"] = _goal_table(config)
         _write_history(run_dir, history)
     environment = json.loads((run_dir / run_folder.ENVIRONMENT).read_text(encoding="utf-8"))
@@ -182,7 +182,9 @@ def _make_run(
     return {**_outcome(config, run_dir, history), **told, "metrics": _metrics(run_dir)}
 
 
-def _train(config: Config, run_dir: Path, history: dict[str, Any], show_progress: bool) -> None:
+def _train(
+    config: Config, run_dir: Path, history: dict[str, Any], say: Callable[[str], None], show_progress: bool
+) -> None:
     """One start of a run. What it took to prepare is in its history before the first step."""
     started = time.perf_counter()
     device, dtype = resolve_device(config)
@@ -214,6 +216,7 @@ def _train(config: Config, run_dir: Path, history: dict[str, Any], show_progress
             show_progress=show_progress,
         )
     if summary.signal_number is not None:
+        say(f"{run_dir}: stopped at step {summary.step} of {summary.num_steps}; the same command continues")
         signal.raise_signal(summary.signal_number)
 
 
@@ -332,16 +335,17 @@ def _convert(config: Config, say: Callable[[str], None]) -> float | None:
     return round(time.perf_counter() - started, 3) if any(converted) else None
 
 
-def _check_writable(record_dir: Path) -> None:
-    """Errors: `ConfigError` where a record, or the leaderboard, could not be written after hours of training."""
+def _check_writable(record_dir: Path, name: str) -> None:
+    """Errors: `ConfigError`, `DataError` where record or leaderboard could not be written after hours of training."""
     try:
         record_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=record_dir):
             pass
-        for path in (record_dir / LEADERBOARD, *record_dir.glob("*.json")):
+        for path in (record_dir / LEADERBOARD, *record_dir.glob(f"*-{name}.json")):
             if path.exists():
                 with open(path, "r+b"):
                     pass
+        read_records(record_dir)
     except OSError as error:
         raise ConfigError(
             f"{error.filename or record_dir}: the record cannot be written ({error.strerror}); "

@@ -38,9 +38,7 @@ def _run(config: Config, folder: Path) -> tuple[dict[str, Any], Path]:
 def _accuracies(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
     """Have the evaluations, the initial weights' first, say these."""
     remaining = iter(values)
-    monkeypatch.setattr(
-        source_module.EvaluationSplits, "knn_top1", lambda self, backbone, dtype: next(remaining)
-    )
+    monkeypatch.setattr(source_module.EvaluationSplits, "knn_top1", lambda self, backbone: next(remaining))
 
 
 def test_a_run_ends_with_the_epoch_that_reaches_the_target(
@@ -217,6 +215,8 @@ def test_missing_data_are_converted_and_timed_apart(tiny_config: Path, tmp_path:
         ("--record-dir taken", "taken: the record cannot be written (File exists)"),
         ("--record-dir taken/below", "the record cannot be written (Not a directory)"),
         ("--record-dir full", "full/LEADERBOARD.md: the record cannot be written (Is a directory)"),
+        ("--record-dir damaged", "damaged/some.json: not a record"),
+        ("--data.test nowhere.beton", "nowhere.beton: no such file"),
     ],
 )
 def test_what_cannot_be_is_one_line_before_any_work(
@@ -230,6 +230,8 @@ def test_what_cannot_be_is_one_line_before_any_work(
     monkeypatch.chdir(tmp_path)
     Path("taken").touch()
     Path("full", LEADERBOARD).mkdir(parents=True)
+    Path("damaged").mkdir()
+    Path("damaged", "some.json").write_text("{")
     words = options.split()
     records = [] if "--record-dir" in words else ["--record-dir", "records"]
     assert main(["speedrun", str(tiny_config), *records, *words]) == 2
