@@ -83,7 +83,8 @@ def run_speedrun(
         raise ConfigError("WORLD_SIZE: a speed-run is one process; start it without torchrun")
     if config.speedrun.target and not config.train.knn_every:
         raise ConfigError("train.knn_every = 0: a target needs evaluations; choose 1 or more epochs")
-    _check_writable(record_dir, out.name)
+    name = out.name.replace("_", "-")
+    _check_writable(record_dir, name)
     conversion_s = _convert(config, say)
     count_classes(config)
     runs = []
@@ -96,7 +97,7 @@ def run_speedrun(
         **json.loads((first / run_folder.ENVIRONMENT).read_text(encoding="utf-8")),
         "command": command or shlex.join(["fast-essl", *sys.argv[1:]]),
         "kind": "speedrun",
-        "name": out.name,
+        "name": name,
         "data": config.data.train.stem,
         "device": str(device),
         "conversion_s": conversion_s,
@@ -105,7 +106,7 @@ def run_speedrun(
         "config": config_to_table(load_config(first / run_folder.CONFIG)),
         "runs": runs,
     }
-    path = record_dir / f"{record['date'][:10]}-{out.name}.json"
+    path = record_dir / f"{record['date'][:10]}-{name}.json"
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     write_leaderboard(record_dir)
     return record, path
