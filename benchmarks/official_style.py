@@ -2,9 +2,9 @@
 
 The release (rdangovs/essl, imagenet/simclr/main.py) reads torchvision's ImageFolder, which decodes a file once with
 Pillow; three chains of torchvision transforms on Pillow images follow in the DataLoader's worker: RandomResizedCrop,
-flip, ColorJitter, grey, its own blur and solarization (Pillow's), ToTensor, Normalize. The trainer rotates the third batch on
-its GPU. Here are the same calls of Pillow that those transforms make, and the rotation takes the trainer's thread. The
-random numbers, which torchvision draws in each transform, are drawn once an epoch: that is in this peer's favour.
+flip, ColorJitter, grey, its own blur and solarization (Pillow's), ToTensor, Normalize. The trainer rotates the third
+batch on its GPU. Here are the same calls of Pillow that those transforms make, and the rotation takes the trainer's
+thread. The random numbers, which torchvision draws in each transform, are drawn once an epoch, in this peer's favour.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 PAGE = mmap.PAGESIZE
+LARGEST_BLOCK = 2 << 20
 Span = tuple[int, int]
 """(first byte, number of bytes) of a file."""
 
@@ -31,7 +32,7 @@ def resident_share(path: Path, spans: Sequence[Span]) -> float | None:
     libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     file = np.memmap(path, np.uint8, mode="r")
     present = total = 0
-    for start, size in map(_whole_pages, spans):
+    for start, size in (_aligned(span, PAGE) for span in spans):
         states = np.empty(size // PAGE, np.uint8)
         if libc.mincore(file.ctypes.data + start, size, states.ctypes.data) != 0:
             return None
@@ -41,20 +42,24 @@ def resident_share(path: Path, spans: Sequence[Span]) -> float | None:
 
 
 def drop_from_memory(path: Path, spans: Sequence[Span]) -> bool:
-    """Ask the kernel to forget these spans; returns whether it did, to less than a twentieth of their pages."""
+    """Ask the kernel to forget these spans; returns whether it did, to less than a twentieth of their pages.
+
+    What lies around them, up to the next multiples of 2 MiB, is forgotten as well: pages are kept in blocks of up to
+    that size, and a block goes as a whole or not at all.
+    """
     with open(path, "rb") as file:
         os.fsync(file.fileno())  # a page that is not on the disk yet is not dropped
-        for start, size in map(_whole_pages, spans):
+        for start, size in (_aligned(span, LARGEST_BLOCK) for span in spans):
             os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_DONTNEED)
     share = resident_share(path, spans)
     return share is not None and share < 0.05
 
 
-def _whole_pages(span: Span) -> Span:
-    """A span with the rest of its first and last page: a part of a page is not dropped."""
+def _aligned(span: Span, unit: int) -> Span:
+    """A span with the rest of its first and its last unit."""
     start, size = span
-    first = start - start % PAGE
-    return first, -(-(start + size - first) // PAGE) * PAGE
+    first = start - start % unit
+    return first, -(-(start + size - first) // unit) * unit
 
 
 def read_spans(path: Path, spans: Sequence[Span], num_threads: int) -> None:
