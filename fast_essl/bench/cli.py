@@ -6,6 +6,7 @@ import argparse
 import json
 from dataclasses import asdict, fields
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ PARTS = ("all", "loader", "views", "kernels", "step")
 
 DESCRIPTION = """\
 How fast is each room between the disk and the optimizer on this machine, for this configuration and these data, and
-which one limits the run? Prints a table and a verdict; writes bench.json and bench.png.
+which one limits the run? Prints a table and a verdict; writes bench.json and bench.png. A PART is one of all (the
+default), loader, views, kernels and step; CONFIG is a TOML file or a recipe, by default e_simclr_imagenet.
 
   fast-essl bench                               all parts of e_simclr_imagenet, on photographs made for this
   fast-essl bench loader --data train.beton     storage, decode, crops and loader alone
@@ -43,10 +45,15 @@ PLAN_OPTIONS: tuple[tuple[str, type, float | None, str], ...] = (
 
 
 def add_parser(commands: Any) -> None:
-    """Add `bench` to the commands. Its first word may be `plan`, which has options, and so a parser, of its own."""
+    """Add `bench` to the commands.
+
+    Its words are not declared: argparse would take the value of an override, as in `--train.device cpu`, for one. They
+    come with the overrides. The first may be `plan`, which has options, and so a parser, of its own.
+    """
     bench = commands.add_parser(
         "bench",
         help="how fast each room of a run is here and which one limits it; `bench plan`: the same for a cluster",
+        usage="fast-essl bench [PART ...] [CONFIG] [options] [--section.field VALUE ...]",
         description=DESCRIPTION,
         epilog="Any field of the configuration can be overridden: --data.loader torch, --train.device cpu, ...",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -54,12 +61,6 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     bench.add_argument("-h", "--help", action="store_true")
-    bench.add_argument(
-        "words",
-        nargs="*",
-        metavar="PART|CONFIG",
-        help=f"parts ({', '.join(PARTS)}; default: all), and a configuration (default: e_simclr_imagenet)",
-    )
     bench.add_argument("--data", type=Path, metavar="FILE.beton", help="the images (default: made for this)")
     bench.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: runs/bench)")
     bench.add_argument(
@@ -102,12 +103,13 @@ def _plan_parser(parser_class: type[argparse.ArgumentParser]) -> argparse.Argume
 def _bench(
     bench: argparse.ArgumentParser, planner: argparse.ArgumentParser, arguments: argparse.Namespace
 ) -> int:
-    if arguments.words[:1] == ["plan"]:
+    words = list(takewhile(lambda word: not word.startswith("--"), arguments.overrides))
+    if words[:1] == ["plan"]:
         return _plan(planner, arguments)
     if arguments.help:
         bench.print_help()
         return 0
-    parts, config = split_words(arguments.words)
+    parts, config = split_words(words)
     if arguments.batch_size is not None and arguments.batch_size < 2:
         raise ConfigError(f"command line: --batch-size {arguments.batch_size}: must be 2 or more")
 
@@ -121,7 +123,9 @@ def _bench(
         "parts": parts,
     }
     options = {name: value for name, value in chosen.items() if value is not None}
-    run_bench(BenchOptions(**options, quick=arguments.quick, overrides=tuple(arguments.overrides)))
+    run_bench(
+        BenchOptions(**options, quick=arguments.quick, overrides=tuple(arguments.overrides[len(words) :]))
+    )
     return 0
 
 
@@ -149,9 +153,9 @@ def _plan(planner: argparse.ArgumentParser, arguments: argparse.Namespace) -> in
     for option in ("data", "out", "quick"):
         if getattr(arguments, option):
             raise ConfigError(f"command line: bench plan measures nothing and takes no --{option}")
-    words = [*arguments.words[1:], *arguments.overrides]
+    words = arguments.overrides[1:]
     if arguments.batch_size is not None:
-        words += ["--batch-size", str(arguments.batch_size)]
+        words = [*words, "--batch-size", str(arguments.batch_size)]
     given = planner.parse_args([*words, "--help"] if arguments.help else words)
 
     from fast_essl.bench.plan import Cluster, describe, plan, read_job

@@ -58,18 +58,6 @@ def measure_kernels(device: torch.device, num_repeats: int) -> dict[str, dict[st
     return results
 
 
-def describe_kernels(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """The table for people."""
-    lines = [f"{'kernels':34}{'ms':>9}{'range':>20}{'× eager':>9}{'MiB':>8}"]
-    for name, rows in results.items():
-        for implementation, row in rows.items():
-            span = f"{row['min']:.3f} – {row['max']:.3f}"
-            ratio = rows[EAGER]["median"] / row["median"]
-            label = f"{name}, {implementation}"
-            lines.append(f"{label:34}{row['median']:9.3f}{span:>20}{ratio:9.2f}{row['peak_mib']:8.0f}")
-    return "\n".join(lines)
-
-
 def workloads() -> dict[str, Callable[[torch.device], Workload]]:
     """{name: what makes it on a device}."""
     made: dict[str, Callable[[torch.device], Workload]] = {}

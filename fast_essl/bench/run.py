@@ -20,7 +20,7 @@ from fast_essl.bench.chart import write_chart
 from fast_essl.bench.measuring import Row
 from fast_essl.bench.plan import NUM_IMAGENET_SAMPLES
 from fast_essl.bench.synthetic import make_crops, write_jpegs
-from fast_essl.bench.table import duration, number, table_head, table_line
+from fast_essl.bench.table import describe_kernels, duration, number, table_head, table_line
 from fast_essl.bench.verdict import Figures, Verdict, judge
 from fast_essl.config import Config, ConfigError
 from fast_essl.config_io import config_to_table, find_config, load_config
@@ -102,6 +102,8 @@ class Measured:
 
     rows: list[Row]
     page_cache: str
+    data: dict[str, Any] | None
+    """Of the images."""
     kernels: dict[str, Any] | None
     method: dict[str, int] | None
     """The method's size, for `plan`."""
@@ -114,7 +116,10 @@ class Bench:
     config: Config
     device: torch.device
     dtype: torch.dtype
-    images: BetonImages
+    images: BetonImages | None
+    """What the loader reads; None without its part."""
+    made: bool
+    """Whether the images were made for this."""
     effort: Effort
     loader_batch_size: int
 
@@ -129,26 +134,30 @@ def run_bench(options: BenchOptions, *, say: Callable[[str], None] = print) -> d
     device, dtype = resolve_device(config)
     if device.type == "cpu" and options.parts == ("kernels",):
         raise ConfigError(f"bench kernels: there is no CUDA device here, and {NO_KERNELS}")
+    if options.data is not None and "loader" not in options.parts:
+        raise ConfigError(f"command line: --data {options.data}: only the part loader reads images")
     use_threads(config)
     effort = QUICK if options.quick else GPU if device.type == "cuda" else CPU
     environment = describe_environment(shlex.join(["fast-essl", *sys.argv[1:]]))
     options.out.mkdir(parents=True, exist_ok=True)
     # Photographs are made beside the results: on the user's disk, not in a /tmp that may be memory.
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=options.out) as scratch:
-        path = options.data or _photographs(Path(scratch) / "photographs.beton", effort.num_photographs, say)
-        images = open_beton(path)
-        batch_size, note = _batch_size(options, config, images.tables.num_samples, effort)
+        images = None
+        if "loader" in options.parts:
+            images = open_beton(options.data or _photographs(Path(scratch), effort.num_photographs, say))
+        num_samples = images.tables.num_samples if images else sys.maxsize
+        batch_size, note = _batch_size(options, config, num_samples, effort)
         bench = Bench(
-            config=_with(config, path, batch_size),
+            config=_with(config, images, batch_size),
             device=device,
             dtype=dtype,
             images=images,
+            made=options.data is None,
             effort=effort,
-            loader_batch_size=min(LOADER_BATCH_SIZE, config.train.batch_size, images.tables.num_samples),
+            loader_batch_size=min(LOADER_BATCH_SIZE, config.train.batch_size, num_samples),
         )
         processor = ", ".join(environment["gpus"]) or environment["cpu"]
         say(f"{options.config}, batch {batch_size}{note}; {processor}, {environment['num_cores']} cores")
-        say(_about(images, made=options.data is None))
         measured = measure_parts(bench, options.parts, say)
     verdict, epoch_s = _conclude(bench, measured, say)
     results = {
@@ -157,7 +166,7 @@ def run_bench(options: BenchOptions, *, say: Callable[[str], None] = print) -> d
         "config_name": str(options.config),
         "config": config_to_table(bench.config),
         "config_batch_size": config.train.batch_size,
-        "data": _data_facts(images, made=options.data is None),
+        "data": measured.data,
         "page_cache": measured.page_cache,
         "rows": {row.name: row.to_table() for row in measured.rows},
         "kernels": measured.kernels,
@@ -167,26 +176,37 @@ def run_bench(options: BenchOptions, *, say: Callable[[str], None] = print) -> d
     }
     write_results(options.out / RESULTS, results)
     say(f"{options.out / RESULTS}")
-    write_chart(
-        options.out / CHART,
-        measured.rows,
-        title=f"{options.config.stem}: {verdict.sentence if verdict else 'the rooms that were measured'}",
-        subtitle=f"{processor}, {environment['num_cores']} cores, batch {batch_size}, {environment['date'][:10]}",
-        marked=_THREE,
-    )
-    say(f"{options.out / CHART}")
+    if measured.rows:
+        about = (
+            f"{processor}, {environment['num_cores']} cores, batch {batch_size}, {environment['date'][:10]}"
+        )
+        try:
+            write_chart(
+                options.out / CHART,
+                measured.rows,
+                title=f"{options.config.stem}: {verdict.bottleneck}" if verdict else options.config.stem,
+                subtitle=about,
+                marked=_THREE,
+            )
+            say(f"{options.out / CHART}")
+        except ConfigError as error:  # the figures are there without it
+            say(str(error))
     return results
 
 
-def _photographs(path: Path, num_samples: int, say: Callable[[str], None]) -> Path:
+def _photographs(folder: Path, num_samples: int, say: Callable[[str], None]) -> Path:
     say(f"making {num_samples} photographs")
-    folder = write_jpegs(path.with_suffix(""), num_samples)
-    convert(str(folder), path, progress=False)
+    path = folder / "photographs.beton"
+    convert(str(write_jpegs(folder / "photographs", num_samples)), path, progress=False)
     return path
 
 
 def _batch_size(options: BenchOptions, config: Config, num_samples: int, effort: Effort) -> tuple[int, str]:
     """Samples a step, and what is to be said of it."""
+    if options.batch_size > num_samples:
+        raise ConfigError(
+            f"command line: --batch-size {options.batch_size}: there are only {num_samples} samples"
+        )
     if options.batch_size:
         return options.batch_size, ""
     wanted = config.train.batch_size
@@ -195,15 +215,15 @@ def _batch_size(options: BenchOptions, config: Config, num_samples: int, effort:
     return chosen, note
 
 
-def _with(config: Config, path: Path, batch_size: int) -> Config:
-    """The configuration on this file, with this batch, and without evaluations."""
-    try:
-        train = dataclasses.replace(config.train, batch_size=batch_size, knn_every=0)
-    except ValueError as error:
-        raise ConfigError(f"command line: --batch-size: {error}") from None
-    return dataclasses.replace(
-        config, train=train, data=dataclasses.replace(config.data, train=path, test=path)
+def _with(config: Config, images: BetonImages | None, batch_size: int) -> Config:
+    """The configuration on these images, with this batch, and without evaluations."""
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, batch_size=batch_size, knn_every=0)
     )
+    if images is None:
+        return config
+    data = dataclasses.replace(config.data, train=images.path, test=images.path)
+    return dataclasses.replace(config, data=data)
 
 
 def _data_facts(images: BetonImages, *, made: bool) -> dict[str, Any]:
@@ -219,15 +239,6 @@ def _data_facts(images: BetonImages, *, made: bool) -> dict[str, Any]:
     }
 
 
-def _about(images: BetonImages, *, made: bool) -> str:
-    facts = _data_facts(images, made=made)
-    height, width = (round(float(np.mean(sides))) for sides in (images.heights, images.widths))
-    return (
-        f"{facts['num_samples']:,} samples ({facts['file']}), mean {facts['bytes_per_sample'] / 1000:,.1f} kB and "
-        f"{width}×{height} pixels"
-    )
-
-
 def measure_parts(bench: Bench, parts: tuple[str, ...], say: Callable[[str], None]) -> Measured:
     """Measure these parts room by room, each row told when it is there."""
     config, device, effort = bench.config, bench.device, bench.effort
@@ -235,15 +246,21 @@ def measure_parts(bench: Bench, parts: tuple[str, ...], say: Callable[[str], Non
     form = step.Form(dtype=bench.dtype, compile=config.train.compile, view_stage=True)
     on_gpu = device.type == "cuda"
     rows: list[Row] = []
-    page_cache, kernels, method = "", None, None
+    page_cache, data, kernels, method = "", None, None, None
 
     def add(*new: Row) -> None:
         for row in new:
             rows.append(row)
             say(table_line(row, on_gpu=on_gpu))
 
+    if bench.images is not None:
+        data = _data_facts(bench.images, made=bench.made)
+        say(
+            f"{data['num_samples']:,} samples ({data['file']}), mean {data['bytes_per_sample'] / 1000:,.1f} kB, "
+            f"longer side {data['longer_side']:.0f} pixels"
+        )
     say(table_head(on_gpu=on_gpu))
-    if "loader" in parts:
+    if bench.images is not None:
         threads = {"num_threads": loading.num_workers(config), "num_repeats": num_repeats}
         storage, page_cache = loading.storage_rows(bench.images, num_samples=effort.num_stored, **threads)
         add(*storage)
@@ -263,11 +280,11 @@ def measure_parts(bench: Bench, parts: tuple[str, ...], say: Callable[[str], Non
         new, training = step.step_rows(config, form, device, effort.num_steps)
         add(*new)
         method = training.describe()
-        if "loader" in parts:
+        if bench.images is not None:
             whole = {"num_steps": effort.num_whole_steps, "num_repeats": num_repeats}
             add(step.whole_row(config, training, form, device, **whole))
     if "kernels" in parts and on_gpu:
-        from fast_essl.bench.kernels import describe_kernels, measure_kernels  # needs triton
+        from fast_essl.bench.kernels import measure_kernels  # needs triton
 
         kernels = measure_kernels(device, 30 * num_repeats)
         say(describe_kernels(kernels))
@@ -275,7 +292,7 @@ def measure_parts(bench: Bench, parts: tuple[str, ...], say: Callable[[str], Non
         say(f"kernels: not measured, since {NO_KERNELS}")
     if page_cache:
         say(page_cache)
-    return Measured(rows=rows, page_cache=page_cache, kernels=kernels, method=method)
+    return Measured(rows=rows, page_cache=page_cache, data=data, kernels=kernels, method=method)
 
 
 def _conclude(
@@ -283,7 +300,8 @@ def _conclude(
 ) -> tuple[Verdict | None, dict[str, float] | None]:
     """The three throughputs, the verdict and the predicted epochs, where all was measured; told and returned."""
     rates = {row.name: row.samples_per_s for row in measured.rows}
-    if not all(name in rates for name in _THREE):
+    facts, config = measured.data, bench.config
+    if facts is None or not all(name in rates for name in _THREE):
         say("what limits a run is told when loader and step are measured together: `fast-essl bench all`")
         return None, None
     loader, ceiling, whole = (rates[name] for name in _THREE)
@@ -291,7 +309,6 @@ def _conclude(
         f"\nloader alone {number(loader)}, step on device-made data {number(ceiling)}, "
         f"end to end {number(whole)} samples/s"
     )
-    facts, config = _data_facts(bench.images, made=False), bench.config
     verdict = judge(
         Figures(
             loader=loader,

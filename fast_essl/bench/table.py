@@ -40,3 +40,15 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.1f} seconds"
+
+
+def describe_kernels(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The table of what `measure_kernels` returns, with each implementation's speed as a multiple of eager's."""
+    lines = [f"{'kernels':34}{'ms':>9}{'range':>20}{'× eager':>9}{'MiB':>8}"]
+    for name, rows in results.items():
+        for implementation, row in rows.items():
+            span = f"{row['min']:.3f} – {row['max']:.3f}"
+            ratio = rows["eager"]["median"] / row["median"]
+            label = f"{name}, {implementation}"
+            lines.append(f"{label:34}{row['median']:9.3f}{span:>20}{ratio:9.2f}{row['peak_mib']:8.0f}")
+    return "\n".join(lines)
