@@ -47,7 +47,7 @@ from record import machine_facts, write_record
 from tqdm import tqdm
 
 from fast_essl.bench.loading import Stored, decode_all, load_stored
-from fast_essl.bench.synthetic import write_jpegs
+from fast_essl.bench.synthetic import repeat_files, write_jpegs
 from fast_essl.transformations import build_transformation
 from loaders import open_loader
 from loaders.convert import convert
@@ -95,7 +95,7 @@ def main() -> None:
     facts = machine_facts()
     with tempfile.TemporaryDirectory() as scratch:
         source = arguments.folder or write_jpegs(Path(scratch) / "made", NUM_PHOTOGRAPHS)
-        folder = _repeated(source, Path(scratch) / "repeated", arguments.passes)
+        folder = repeat_files(source, Path(scratch) / "repeated", arguments.passes)
         images = _converted(folder)
         rows, missing = _rows(images, folder)
         results = _measure(rows, arguments.rounds)
@@ -110,17 +110,6 @@ def main() -> None:
             "not_installed": missing,
         }
         print(write_record("peers", content, facts=facts))
-
-
-def _repeated(source: Path, folder: Path, passes: int) -> Path:
-    """An image folder with each photograph several times, so that an epoch is long beside its start."""
-    for file in sorted(source.rglob("*")):
-        if file.is_file():
-            for number in range(passes):
-                link = folder / file.parent.name / f"{number}-{file.name}"
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(file.resolve())
-    return folder
 
 
 def _converted(folder: Path) -> BetonImages:

@@ -51,8 +51,8 @@ def write_chart(path: Path, rows: Sequence[Row], *, title: str, subtitle: str, m
         text = f"{rate:,.0f}" if rate >= 10 else f"{rate:,.2f}"
         axes.text(high * 1.12, number, text, va="center", color=_TEXT, fontsize=9)
     axes.set_xlabel("samples/s, logarithmic; whiskers: range over repeats", color=_TEXT)
-    axes.set_title(title, loc="left", fontsize=11, color=_TEXT, wrap=True)
-    figure.suptitle(subtitle, x=0.01, ha="left", fontsize=8, color=_TEXT, y=0.02, va="bottom")
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.set_title(f"{title}\n{subtitle}", loc="left", fontsize=10, color=_TEXT)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=_TEXT)
     figure.savefig(path, dpi=130)

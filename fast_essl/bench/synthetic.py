@@ -77,6 +77,17 @@ def write_jpegs(folder: Path, num_samples: int) -> Path:
     return folder
 
 
+def repeat_files(source: Path, folder: Path, passes: int) -> Path:
+    """An image folder with each file of another one several times, by links. Returns it. Errors: `OSError`."""
+    for file in sorted(source.rglob("*")):
+        if file.is_file():
+            for number in range(passes):
+                link = folder / file.parent.name / f"{number}-{file.name}"
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(file.resolve())
+    return folder
+
+
 def make_crops(recipes: tuple[Recipe, ...], batch_size: int, *, epoch: int = 0) -> Crops:
     """One batch as a loader would give it, on the CPU: patches of a photograph, and the parameters of an epoch."""
     random = np.random.default_rng(0)

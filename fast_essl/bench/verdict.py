@@ -61,6 +61,11 @@ class Verdict:
     bottleneck: Bottleneck
     sentence: str
 
+    @property
+    def short(self) -> str:
+        """The sentence up to its colon, as `loader-bound`."""
+        return self.sentence.partition(":")[0]
+
 
 def judge(figures: Figures) -> Verdict:
     """Which room limits the run.
