@@ -14,6 +14,14 @@ _BUILD = "build it with its CUDA extensions as https://github.com/NVIDIA/apex sa
 _OTHER = "the package called apex on PyPI is another project"
 
 
+def is_nvidias() -> bool:
+    """Whether the `apex` that is installed, if one is, is NVIDIA's and not PyPI's project of that name."""
+    try:
+        return importlib.util.find_spec("apex.normalization") is not None
+    except ImportError:
+        return False
+
+
 def fused_sgd_class(on_cuda: bool) -> Callable[..., torch.optim.Optimizer]:
     """apex's FusedSGD. Errors: `ConfigError` where it cannot be used.
 

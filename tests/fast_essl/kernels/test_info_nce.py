@@ -15,8 +15,10 @@ pytestmark = pytest.mark.device
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("temperature", [0.2, 0.5])
-@pytest.mark.parametrize("shape", [(64, 32), (70, 50), (1, 5), (130, 17), (33, 200)])
+@pytest.mark.parametrize(
+    ("shape", "temperature"),
+    [((64, 32), 0.2), ((70, 50), 0.5), ((1, 5), 0.2), ((130, 17), 0.2), ((33, 200), 0.5)],
+)
 def test_it_is_as_good_as_eager(shape, temperature, dtype):
     leaves = [leaf(*shape, seed=1, dtype=dtype), leaf(*shape, seed=2, dtype=dtype)]
     assert_as_good_as_eager(

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_support import DTYPES, assert_as_good_as_eager, leaf
+from kernel_support import DEVICE, DTYPES, assert_as_good_as_eager, leaf
 
 pytest.importorskip("triton")
 
@@ -62,11 +62,13 @@ def test_a_gradient_of_any_strides_is_taken():
     ],
 )
 def test_what_does_not_fit_is_refused_before_a_launch(change, message):
-    x, weight, bias = torch.randn(4, 6), torch.randn(6), torch.randn(6)
+    x, weight, bias = (torch.randn(*shape, device=DEVICE) for shape in ((4, 6), (6,), (6,)))
     with pytest.raises(ValueError, match=message):
         layer_norm_relu(*change(x, weight, bias))
 
 
 def test_a_row_too_long_for_a_program_is_refused():
     with pytest.raises(ValueError, match=r"N at most 16384"):
-        layer_norm_relu(torch.zeros(1, 16_385), torch.ones(16_385), torch.zeros(16_385))
+        layer_norm_relu(
+            *(torch.zeros(*shape, device=DEVICE) for shape in ((1, 16_385), (16_385,), (16_385,)))
+        )
