@@ -2,7 +2,7 @@
 
     python benchmarks/kernels.py [--repeats 30] [--record]
 
-The workloads and how they are measured stand in fast_essl/bench/kernels.py: `fast-essl bench kernels` measures the same.
+The workloads, and how they are measured, stand in fast_essl/bench/kernels.py; `fast-essl bench kernels` tells the same.
 """
 
 from __future__ import annotations

@@ -36,6 +36,9 @@ CROPS = "crops"
 LOADER = "loader"
 """Names of the rows."""
 
+MAX_DECODED_BYTES = 2**28
+"""Of the images that the crops are cut from: a camera's full pictures would fill the memory."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
@@ -160,6 +163,8 @@ def crops_row(
     num_repeats: int,
 ) -> Row:
     """All crops of the recipes, cut and resized from images that are decoded already."""
+    num_bytes = 3 * images.heights[indices].astype(np.int64) * images.widths[indices]
+    indices = indices[: max(1, int((num_bytes.cumsum() <= MAX_DECODED_BYTES).sum()))]
     heights, widths = images.heights[indices], images.widths[indices]
     decoded = [np.asarray(images.image(int(index))) for index in indices]
     pixels = np.concatenate([image.reshape(-1) for image in decoded])

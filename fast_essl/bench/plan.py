@@ -115,7 +115,8 @@ class Plan:
     """The model's answer."""
 
     samples_per_s: dict[Limit, float]
-    """What each part allows by itself, over all GPUs; compute without any communication, all-reduce without compute."""
+    """What each part allows by itself, over all GPUs; compute without communication, all-reduce, which one GPU does not
+    have, without compute."""
     step_ms: float
     """A step of the trainers, communication included."""
     communication_ms: float
@@ -145,6 +146,8 @@ def read_job(
 ) -> Job:
     """The job that `fast-essl bench all` measured and wrote to `path`; figures above 0 replace what stands there.
 
+    Without a step measured on a GPU, the rate given is taken as that of a GPU's whole share of the batch.
+
     Errors: `ConfigError` for a file that is none of bench's or lacks a part, for a step that was measured on a CPU, and
     for numbers below 0; `OSError`.
     """
@@ -162,7 +165,8 @@ def read_job(
         rows, train = results["rows"], results["config"]["train"]
         loader, step = rows["loader"], rows["step"]
         weight = results["config"]["method"]["equivariance_weight"]
-        if not step_samples_per_s and not results["gpus"]:
+        on_gpu = results["device"] == "cuda"
+        if not step_samples_per_s and not on_gpu:
             raise ConfigError(
                 f"{path}: its step was measured on a CPU; give one GPU's rate with --step-samples-per-s, or measure "
                 "on a GPU"
@@ -172,9 +176,7 @@ def read_job(
             epochs=epochs or train["epochs"],
             batch_size=batch_size or results["config_batch_size"],
             step_samples_per_s=step_samples_per_s or step["samples_per_s"],
-            step_batch_size=step["batch_size"]
-            if results["gpus"]
-            else batch_size or results["config_batch_size"],
+            step_batch_size=step["batch_size"] if on_gpu else batch_size or results["config_batch_size"],
             loader_cpu_ms=loader["cpu_ms_per_sample"],
             decode_cpu_ms=rows["decode"]["cpu_ms_per_sample"] if "decode" in rows else 0.0,
             bytes_per_sample=results["data"]["bytes_per_sample"],
@@ -215,13 +217,15 @@ def plan(job: Job, cluster: Cluster) -> Plan:
         limit = "loader"
     else:
         limit = "gradient all-reduce" if added_s > compute_s else "compute"
+    samples_per_s: dict[Limit, float] = {
+        "loader": loader,
+        "network storage": storage,
+        "compute": job.batch_size / compute_s,
+    }
+    if num_gpus > 1:
+        samples_per_s["gradient all-reduce"] = job.batch_size / moved_s
     return Plan(
-        samples_per_s={
-            "loader": loader,
-            "network storage": storage,
-            "gradient all-reduce": job.batch_size / moved_s if moved_s else math.inf,
-            "compute": job.batch_size / compute_s,
-        },
+        samples_per_s=samples_per_s,
         step_ms=1000 * step_s,
         communication_ms=1000 * added_s,
         limit=limit,
@@ -257,9 +261,7 @@ def describe(job: Job, cluster: Cluster, answer: Plan) -> str:
     lines = [f"{'':24}{'samples/s':>12}{'hours':>9}"]
     for name, rate in answer.samples_per_s.items():
         hours = job.num_samples * job.epochs / rate / 3600
-        lines.append(
-            f"{'* ' if name == answer.limit else '  '}{name:22}{_number(rate):>12}{_number(hours, 1):>9}"
-        )
+        lines.append(f"{'* ' if name == answer.limit else '  '}{name:22}{rate:>12,.0f}{hours:>9,.1f}")
     shrunk = f" at --max-side {job.max_side}" if job.max_side else ""
     where = (
         "each node's memory holds it, so only the first epoch reads it from the storage"
@@ -274,7 +276,3 @@ def describe(job: Job, cluster: Cluster, answer: Plan) -> str:
         f"{job.epochs} epochs of {job.num_samples:,} samples",
     ]
     return "\n".join(lines)
-
-
-def _number(value: float, digits: int = 0) -> str:
-    return "-" if math.isinf(value) else f"{value:,.{digits}f}"

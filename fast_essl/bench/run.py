@@ -39,6 +39,7 @@ NO_KERNELS = "on a CPU the kernels run only in Triton's interpreter, whose time 
 _THREE = (loading.LOADER, step.STEP, step.WHOLE)
 """The throughputs that are always told together, so that the bottleneck shows."""
 
+KERNEL_REPEATS = 30
 LOADER_BATCH_SIZE = 64
 """Most samples a batch of the loader's row: a training batch may be of 4096, and batches are made ahead in memory."""
 
@@ -161,11 +162,17 @@ def run_bench(options: BenchOptions, *, say: Callable[[str], None] = print) -> d
         )
         processor = ", ".join(environment["gpus"]) or environment["cpu"]
         say(f"{options.config}, batch {batch_size}{note}; {processor}, {environment['num_cores']} cores")
-        measured = measure_parts(bench, options.parts, say)
+        try:
+            measured = measure_parts(bench, options.parts, say)
+        except torch.OutOfMemoryError:
+            raise ConfigError(
+                f"a batch of {batch_size} does not fit in this GPU's memory; give a smaller --batch-size"
+            ) from None
     verdict, epoch_s = _conclude(bench, measured, say)
     results = {
         **environment,
         "quick": options.quick,
+        "device": device.type,
         "config_name": str(options.config),
         "config": config_to_table(bench.config),
         "config_batch_size": config.train.batch_size,
@@ -277,7 +284,7 @@ def measure_parts(bench: Bench, parts: tuple[str, ...], say: Callable[[str], Non
         loaded = {"batch_size": batch_size, "num_samples": max(effort.num_loaded, batch_size)}
         add(loading.loader_row(config, recipes, **loaded, num_repeats=num_repeats))
     if "views" in parts or "step" in parts:
-        if on_gpu:
+        if on_gpu and config.data.loader != "dali":  # whose crops are on the GPU from the start
             add(step.upload_row(make_crops(recipes, config.train.batch_size), device, num_repeats))
         add(step.views_row(config, form, device, num_repeats))
     if "step" in parts:
@@ -290,7 +297,7 @@ def measure_parts(bench: Bench, parts: tuple[str, ...], say: Callable[[str], Non
     if "kernels" in parts and on_gpu:
         from fast_essl.bench.kernels import measure_kernels  # needs triton
 
-        kernels = measure_kernels(device, 30 * num_repeats)
+        kernels = measure_kernels(device, KERNEL_REPEATS)
         say(describe_kernels(kernels))
     elif "kernels" in parts:
         say(f"kernels: not measured, since {NO_KERNELS}")

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fast_essl.bench.loading import endless
 from fast_essl.bench.measuring import Marks, Row, cpu_s, measure, summary, timed
 from fast_essl.bench.synthetic import make_crops
-from fast_essl.config import Config, ConfigError
+from fast_essl.config import Config
 from fast_essl.methods import build_method
 from fast_essl.optim import build_optimizer, set_learning_rates
 from fast_essl.source import image_source
@@ -116,24 +116,11 @@ def step_rows(
 
     Returns: the rows forward + backward, optimizer, and step, which has the view stage in it where the form says so;
     and the `TrainingStep`, warm, for more.
-    Errors: `ConfigError` where the batch does not fit in the device's memory.
     """
     torch.compiler.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    try:
-        return _step_rows(config, form, device, num_steps)
-    except torch.OutOfMemoryError:
-        raise ConfigError(
-            f"a batch of {config.train.batch_size} does not fit in the memory of this {device.type}; "
-            "give a smaller --batch-size"
-        ) from None
-
-
-def _step_rows(
-    config: Config, form: Form, device: torch.device, num_steps: int
-) -> tuple[list[Row], TrainingStep]:
     batch_size = config.train.batch_size
     step = TrainingStep(config, form, device)
     views_of = _views(config, form, device)
