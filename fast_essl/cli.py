@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -38,6 +39,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.overrides = rest
     try:
+        if _is_rank() and arguments.command in TAKE_OVERRIDES and arguments.command != "pretrain":
+            raise ConfigError(
+                f"command line: {arguments.command} runs in one process; start it without torchrun"
+            )
         return int(arguments.run(arguments))
     except (ConfigError, DataError) as error:
         return _fail(str(error))
@@ -52,8 +57,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"fast-essl: error: {' '.join(message.split())}", file=sys.stderr)
+    who = f"rank {os.environ.get('RANK', '?')} on {socket.gethostname()}: " if _is_rank() else ""
+    print(f"fast-essl: error: {who}{' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def _is_rank() -> bool:
+    """Whether torchrun started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -226,31 +237,51 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
-    from fast_essl.config_io import find_config, load_config
-
     if arguments.help:
         return _pretrain_help(arguments.config)
+    if not _is_rank():
+        return _pretrain_configured(arguments, _pretrain_config(arguments))
+    from fast_essl.ranks import EndedByAnotherRankError, LostRankError, all_or_none, process_group
+
+    try:
+        with process_group():
+            with all_or_none():
+                config = _pretrain_config(arguments)
+            return _pretrain_configured(arguments, config)
+    except EndedByAnotherRankError:
+        return 2
+    except LostRankError as error:
+        return _fail(str(error), 1)
+
+
+def _pretrain_config(arguments: argparse.Namespace) -> Config:
+    from fast_essl.config_io import find_config, load_config
+
     if arguments.config is None:
         raise ConfigError(f"command line: pretrain takes a configuration first: {PRETRAIN_USAGE}")
-    config = load_config(find_config(arguments.config), arguments.overrides)
-    run_dir = arguments.run_dir or Path("runs") / f"{arguments.config.stem}-seed{config.train.seed}"
+    return load_config(find_config(arguments.config), arguments.overrides)
 
+
+def _pretrain_configured(arguments: argparse.Namespace, config: Config) -> int:
+    from fast_essl.distributed import rank
     from fast_essl.pretrain import pretrain
     from fast_essl.run import NonFiniteLossError
 
+    run_dir = arguments.run_dir or Path("runs") / f"{arguments.config.stem}-seed{config.train.seed}"
     try:
         summary = pretrain(config, run_dir)
-    except NonFiniteLossError as error:
-        return _fail(str(error), 1)
-    if summary.status == "already finished":
-        print(f"{run_dir}: already finished at step {summary.step}; nothing to do")
-        return 0
+    except NonFiniteLossError as error:  # on all ranks alike
+        return _fail(str(error), 1) if rank() == 0 else 1
     rate = f"{summary.elapsed_s:.0f} s in all, {summary.samples_per_s:.0f} samples/s"
-    if summary.signal_number is None:
-        print(f"{run_dir}: finished at step {summary.step}, {rate}")
-        return 0
-    print(f"{run_dir}: stopped at step {summary.step} of {summary.num_steps}; the same command continues")
-    return 128 + summary.signal_number
+    if summary.status == "already finished":
+        outcome = f"already finished at step {summary.step}; nothing to do"
+    elif summary.signal_number is None:
+        outcome = f"finished at step {summary.step}, {rate}"
+    else:
+        outcome = f"stopped at step {summary.step} of {summary.num_steps}; the same command continues"
+    if rank() == 0:
+        print(f"{run_dir}: {outcome}")
+    return 0 if summary.signal_number is None else 128 + summary.signal_number
 
 
 def _pretrain_help(config_path: Path | None) -> int:

@@ -35,6 +35,9 @@ class MethodOutput:
 class SimCLR(nn.Module):
     """Two views of an image are told from those of other images (Chen et al., ICML 2020)."""
 
+    by_sample = False
+    """Whether the loss is the mean of what each sample has by itself: then micro-batches need not meet in it."""
+
     def __init__(self, model: ModelConfig, method: MethodConfig, num_features: int) -> None:
         super().__init__()
         self.projector = _projector(model, num_features)
@@ -43,39 +46,53 @@ class SimCLR(nn.Module):
             info_nce if method.contrastive_loss == "info_nce" else nt_xent
         )
 
-    def forward(self, features1: Tensor, features2: Tensor) -> Tensor:
-        """(N, D) features of both views → scalar loss."""
+    def embed(self, features1: Tensor, features2: Tensor) -> tuple[Tensor, ...]:
+        """(N, D) features of both views → what the loss takes, (N, E) float32 each."""
         # In fp32 whatever the autocast type, here and below: the similarities are exponentiated, the rest is summed.
-        z1, z2 = self.projector(features1).float(), self.projector(features2).float()
+        return self.projector(features1).float(), self.projector(features2).float()
+
+    def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
+        """(N, E) embeddings of both views → scalar."""
         return self._loss(z1, z2, self._temperature)
 
 
 class SimSiam(nn.Module):
     """One view's embedding predicts the other's, which no gradient reaches (Chen and He, CVPR 2021)."""
 
+    by_sample = True
+
     def __init__(self, model: ModelConfig, method: MethodConfig, num_features: int) -> None:
         super().__init__()
         self.projector = _projector(model, num_features)
         self.predictor = predictor(model.projector_out, hidden=model.predictor_hidden)
 
-    def forward(self, features1: Tensor, features2: Tensor) -> Tensor:
-        """(N, D) features of both views → scalar loss."""
+    def embed(self, features1: Tensor, features2: Tensor) -> tuple[Tensor, ...]:
+        """(N, D) features of both views → what the loss takes, (N, E) float32 each."""
         z1, z2 = self.projector(features1), self.projector(features2)
         p1, p2 = self.predictor(z1), self.predictor(z2)
-        return negative_cosine(p1.float(), p2.float(), z1.float(), z2.float())
+        return p1.float(), p2.float(), z1.float(), z2.float()
+
+    def loss(self, p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
+        """(N, E) predictions and embeddings of both views → scalar."""
+        return negative_cosine(p1, p2, z1, z2)
 
 
 class BarlowTwins(nn.Module):
     """The views' embeddings agree in each dimension, and the dimensions differ (Zbontar et al., ICML 2021)."""
+
+    by_sample = False
 
     def __init__(self, model: ModelConfig, method: MethodConfig, num_features: int) -> None:
         super().__init__()
         self.projector = _projector(model, num_features)
         self._off_diagonal_weight = method.off_diagonal_weight
 
-    def forward(self, features1: Tensor, features2: Tensor) -> Tensor:
-        """(N, D) features of both views → scalar loss."""
-        z1, z2 = self.projector(features1).float(), self.projector(features2).float()
+    def embed(self, features1: Tensor, features2: Tensor) -> tuple[Tensor, ...]:
+        """(N, D) features of both views → what the loss takes, (N, E) float32 each."""
+        return self.projector(features1).float(), self.projector(features2).float()
+
+    def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
+        """(N, E) embeddings of both views → scalar."""
         return barlow_twins(z1, z2, self._off_diagonal_weight)
 
 
@@ -103,11 +120,19 @@ class ESSL(nn.Module):
         """The predictor's, whose learning rate no schedule lowers (SimSiam paper, section 4.3)."""
         return list(self.ssl.predictor.parameters()) if isinstance(self.ssl, SimSiam) else []
 
-    def forward(self, views: Views) -> MethodOutput:
-        """Each input passes the backbone on its own, so that BatchNorm sees each view's own statistics."""
+    def embed(self, views: Views) -> tuple[Tensor, ...]:
+        """What the SSL loss takes of a batch, (N, E) float32 each."""
+        view1, view2 = views.views
+        return self.ssl.embed(self.backbone(view1), self.backbone(view2))
+
+    def forward(self, views: Views, ssl_loss_of: Callable[..., Tensor] | None = None) -> MethodOutput:
+        """Each input passes the backbone on its own, so that BatchNorm sees each view's own statistics.
+
+        Args: `ssl_loss_of` the embeddings stands in for the method's own SSL loss (gradient accumulation).
+        """
         view1, view2 = views.views
         features1, features2 = self.backbone(view1), self.backbone(view2)
-        ssl_loss = self.ssl(features1, features2)
+        ssl_loss = (ssl_loss_of or self.ssl.loss)(*self.ssl.embed(features1, features2))
         loss, equivariance_loss, equivariance_accuracy, online_accuracy = ssl_loss, None, None, None
         if self.head is not None:
             if views.transformed is None or views.transformed_labels is None:

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,14 +51,25 @@ class MetricsFile:
 
 
 @contextlib.contextmanager
-def held(run_dir: Path) -> Iterator[None]:
-    """Create the folder and hold it for this process alone. Errors: `ConfigError` while another one trains there."""
+def held(run_dir: Path, *, patience_s: float = 0) -> Iterator[None]:
+    """Create the folder and hold it for this process alone.
+
+    Args: `patience_s` to wait for another process, as the loader's, which outlives a killed trainer by some seconds.
+    Errors: `ConfigError` while another one trains there.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience_s
     with open(run_dir / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{run_dir}: another process trains here; choose another --run-dir") from None
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise ConfigError(
+                        f"{run_dir}: another process trains here; choose another --run-dir"
+                    ) from None
+                time.sleep(0.1)
         yield
 
 
