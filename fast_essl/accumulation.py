@@ -52,7 +52,7 @@ def accumulate_gradients(
     """
     parts: list[Callable[..., Tensor] | None] = [None] * num_micro_batches
     if not method.ssl.by_sample:
-        parts = _parts_of_the_loss(method, views, num_micro_batches, compute)
+        parts = _parts_of_the_loss(method, views, num_micro_batches, scaler, compute)
     outputs = []
     for number, part in enumerate(parts):
         # The ranks' gradients are averaged once, in the last backward pass.
@@ -65,25 +65,30 @@ def accumulate_gradients(
 
 
 def _parts_of_the_loss(
-    method: ESSL, views: Iterator[Views], num_micro_batches: int, compute: Callable[..., Any]
+    method: ESSL,
+    views: Iterator[Views],
+    num_micro_batches: int,
+    scaler: torch.amp.GradScaler,
+    compute: Callable[..., Any],
 ) -> list[Callable[..., Tensor] | None]:
-    """For each micro-batch a function of its embeddings, with the value of the batch's loss.
-
-    Their mean has the batch's gradients: on the embeddings of micro-batch k, those of the loss.
-    """
+    """For each micro-batch a function of its embeddings; the functions' mean has value and gradients of the loss."""
     with torch.no_grad(), _running_statistics_kept(method):
         embedded = [compute(method.embed, next(views)) for _ in range(num_micro_batches)]
     embeddings = [torch.cat(rows).requires_grad_() for rows in zip(*embedded, strict=True)]
     loss = compute(method.ssl.loss, *embeddings)
-    gradients = torch.autograd.grad(loss, embeddings)
+    # Scaled on the way, for fp16 embeddings have fp16 gradients.
+    scale = scaler.scale(torch.ones_like(loss))
+    gradients = [
+        gradient.float() / scale for gradient in torch.autograd.grad(loss, embeddings, grad_outputs=scale)
+    ]
     value = loss.detach()
 
     def part(number: int) -> Callable[..., Tensor]:
         own = [gradient.chunk(num_micro_batches)[number] * num_micro_batches for gradient in gradients]
 
         def ssl_loss_of(*embeddings: Tensor) -> Tensor:
-            pairs = zip(embeddings, own, strict=True)
-            return value + sum(((z - z.detach()) * gradient).sum() for z, gradient in pairs)
+            terms = [((z - z.detach()).float() * g).sum() for z, g in zip(embeddings, own, strict=True)]
+            return value + torch.stack(terms).sum()
 
         return ssl_loss_of
 

@@ -21,6 +21,8 @@ RUN_ONLY_FIELDS = frozenset(
         "data.train",  # the dataset is compared by its digest, so a moved file is the same one
         "data.test",
         "data.num_workers",
+        "head.layer_norm",
+        "method.contrastive_backend",
         "train.max_steps",
         "train.device",
         "train.num_threads",

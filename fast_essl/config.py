@@ -116,6 +116,8 @@ class HeadConfig:
     """Width of the hidden layers."""
     bottleneck: int = 128
     """Width before the logits of the `imagenet` head (official release: 128 for SimCLR, 256 for the others)."""
+    layer_norm: Literal["torch", "triton", "apex"] = "torch"
+    """Whose LayerNorm: torch's, the fused kernels with ReLU and loss (CUDA), or apex's `FusedLayerNorm` (CUDA)."""
 
     def __post_init__(self) -> None:
         for name in ("hidden", "bottleneck"):
@@ -130,6 +132,8 @@ class MethodConfig:
     """The SSL method; with an equivariance weight above 0 it is its E-SSL variant."""
     contrastive_loss: Literal["info_nce", "nt_xent"] = "info_nce"
     """SimCLR's loss: cross-view negatives alone (the paper's), or all others of the batch (Chen et al., 2020)."""
+    contrastive_backend: Literal["torch", "triton"] = "torch"
+    """Whose InfoNCE: torch's, or the fused kernel, which keeps no similarities in memory (CUDA)."""
     temperature: float = 0.5
     """Temperature of the contrastive loss (paper: 0.5 on CIFAR-10, 0.2 on ImageNet)."""
     off_diagonal_weight: float = 0.0051
@@ -140,6 +144,12 @@ class MethodConfig:
     """Whether to train a linear classifier on detached features beside the method (the paper's ImageNet runs)."""
 
     def __post_init__(self) -> None:
+        _require(
+            self,
+            "contrastive_backend",
+            self.contrastive_backend == "torch" or self.contrastive_loss == "info_nce",
+            "'torch' with contrastive_loss = 'nt_xent'",
+        )
         _require(self, "temperature", 0 < self.temperature < float("inf"), "above 0")
         _require(self, "off_diagonal_weight", 0 <= self.off_diagonal_weight < float("inf"), "0 or more")
         _require(self, "equivariance_weight", 0 <= self.equivariance_weight < float("inf"), "0 or more")

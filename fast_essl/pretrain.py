@@ -90,6 +90,7 @@ def train(
     last_step = min(schedule_steps, settings.max_steps or schedule_steps)
     with contextlib.ExitStack() as stack:
         with all_or_none():
+            method.check(device)
             if rank() == 0:
                 # A rank that was killed may leave the loader's processes behind for some seconds.
                 stack.enter_context(run_folder.held(run_dir, patience_s=10 if num_ranks() > 1 else 0))

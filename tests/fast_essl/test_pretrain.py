@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import fast_essl.pretrain as pretrain_module
+import fast_essl.source as source_module
 from fast_essl import run_folder
 from fast_essl.checkpoint import load_file
 from fast_essl.config import Config, ConfigError
@@ -39,7 +40,7 @@ def _lines(run_dir: Path) -> list[dict[str, Any]]:
 
 def _before_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[Any], Any]) -> None:
     """Have `action` replace the views of the `step`-th step of the next run, counted from 1."""
-    resolve = pretrain_module.resolve_view_stage
+    resolve = source_module.resolve_view_stage
     num_calls = 0
 
     def resolve_with_action(*args: Any) -> Callable[..., Any]:
@@ -53,7 +54,7 @@ def _before_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[A
 
         return make_views_with_action
 
-    monkeypatch.setattr(pretrain_module, "resolve_view_stage", resolve_with_action)
+    monkeypatch.setattr(source_module, "resolve_view_stage", resolve_with_action)
 
 
 def _with_nan(views: Any) -> Any:
