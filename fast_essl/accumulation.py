@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,23 +77,26 @@ def _parts_of_the_loss(
         embedded = [compute(method.embed, next(views)) for _ in range(num_micro_batches)]
     embeddings = [torch.cat(rows).requires_grad_() for rows in zip(*embedded, strict=True)]
     loss = compute(method.ssl.loss, *embeddings)
-    # Scaled on the way, for fp16 embeddings have fp16 gradients.
+    # Scaled on the way: fp16 embeddings have fp16 gradients.
     scale = scaler.scale(torch.ones_like(loss))
-    gradients = [
-        gradient.float() / scale for gradient in torch.autograd.grad(loss, embeddings, grad_outputs=scale)
-    ]
-    value = loss.detach()
+    gradients = torch.autograd.grad(loss, embeddings, grad_outputs=scale)
+    at_least_fp32 = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+    chunks = [(g * (num_micro_batches / scale)).chunk(num_micro_batches) for g in at_least_fp32]
+    return [partial(_ScalarWithGradients.apply, loss.detach(), part) for part in zip(*chunks, strict=True)]
 
-    def part(number: int) -> Callable[..., Tensor]:
-        own = [gradient.chunk(num_micro_batches)[number] * num_micro_batches for gradient in gradients]
 
-        def ssl_loss_of(*embeddings: Tensor) -> Tensor:
-            terms = [((z - z.detach()).float() * g).sum() for z, g in zip(embeddings, own, strict=True)]
-            return value + torch.stack(terms).sum()
+class _ScalarWithGradients(torch.autograd.Function):
+    """A scalar as it is, and its gradients on some tensors as they are given."""
 
-        return ssl_loss_of
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: tuple[Tensor, ...], *tensors: Tensor) -> Tensor:
+        ctx.gradients, ctx.dtypes = gradients, [tensor.dtype for tensor in tensors]
+        return value.clone()
 
-    return [part(number) for number in range(num_micro_batches)]
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        pairs = zip(ctx.gradients, ctx.dtypes, strict=True)
+        return (None, None, *[(outer[0] * gradient).to(dtype) for gradient, dtype in pairs])
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fast_essl.distributed import num_ranks, sum_over_ranks
+from fast_essl.distributed import gather_rows, num_ranks
 
 
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> None:
@@ -33,7 +33,9 @@ class SyncBatchNorm(_BatchNorm):
     def __init__(self, norm: _BatchNorm) -> None:
         """Take over the parameters and buffers of a BatchNorm."""
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine)
-        self.load_state_dict(norm.state_dict())
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.num_batches_tracked = norm.num_batches_tracked
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,13 +46,15 @@ class SyncBatchNorm(_BatchNorm):
         others = [dim for dim in range(x.ndim) if dim != 1]
         a_channel = [-1 if dim == 1 else 1 for dim in range(x.ndim)]
         values = x.to(torch.promote_types(x.dtype, torch.float32))
-        num = x.numel() // x.shape[1] * num_ranks()
-        mean = sum_over_ranks(values.sum(others)) / num
-        centred = values - mean.view(a_channel)
-        variance = sum_over_ranks(centred.square().sum(others)) / num
+        # Of means and variances over as many values each, not of sums of squares, in which small variances would drown.
+        local = torch.stack(torch.var_mean(values, others, correction=0))
+        variances, means = gather_rows(local[None]).unbind(dim=1)
+        mean = means.mean(dim=0)
+        variance = variances.mean(dim=0) + (means - mean).square().mean(dim=0)
         if self.track_running_stats:
+            num = x.numel() // x.shape[1] * num_ranks()
             self._move_running_statistics(mean.detach(), variance.detach() * (num / (num - 1)))
-        normed = centred * (variance + self.eps).rsqrt().view(a_channel)
+        normed = (values - mean.view(a_channel)) * (variance + self.eps).rsqrt().view(a_channel)
         if self.affine:
             normed = normed * self.weight.view(a_channel) + self.bias.view(a_channel)
         return normed.to(x.dtype)

@@ -92,8 +92,7 @@ def train(
         with all_or_none():
             method.check(device)
             if rank() == 0:
-                # A rank that was killed may leave the loader's processes behind for some seconds.
-                stack.enter_context(run_folder.held(run_dir, patience_s=10 if num_ranks() > 1 else 0))
+                stack.enter_context(run_folder.held(run_dir))
         if num_ranks() > 1 and settings.sync_batch_norm:
             synchronise_batch_norm(method, device)
         method = method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

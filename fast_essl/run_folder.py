@@ -10,10 +10,9 @@ import json
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -50,27 +49,32 @@ class MetricsFile:
         self._file.close()
 
 
-@contextlib.contextmanager
-def held(run_dir: Path, *, patience_s: float = 0) -> Iterator[None]:
-    """Create the folder and hold it for this process alone.
+_LOCKS: list[TextIO] = []
 
-    Args: `patience_s` to wait for another process, as the loader's, which outlives a killed trainer by some seconds.
-    Errors: `ConfigError` while another one trains there.
-    """
+
+def _let_go_of_locks() -> None:
+    """A lock is held as long as any process has it open, and the loader's outlive a killed trainer by seconds."""
+    while _LOCKS:
+        _LOCKS.pop().close()
+
+
+os.register_at_fork(after_in_child=_let_go_of_locks)
+
+
+@contextlib.contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Create the folder and hold it for this process alone. Errors: `ConfigError` while another one trains there."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + patience_s
     with open(run_dir / ".lock", "w") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise ConfigError(
-                        f"{run_dir}: another process trains here; choose another --run-dir"
-                    ) from None
-                time.sleep(0.1)
-        yield
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{run_dir}: another process trains here; choose another --run-dir") from None
+        _LOCKS.append(lock)
+        try:
+            yield
+        finally:
+            _LOCKS.remove(lock)
 
 
 def describe_environment(command: str) -> dict[str, Any]:
