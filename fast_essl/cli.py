@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    who = f"rank {os.environ.get('RANK')} on {socket.gethostname()}: " if _is_rank() else ""
+    who = f"rank {os.environ.get('RANK', '?')} on {socket.gethostname()}: " if _is_rank() else ""
     print(f"fast-essl: error: {who}{' '.join(message.split())}", file=sys.stderr)
     return code
 

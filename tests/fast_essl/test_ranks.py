@@ -199,7 +199,7 @@ def folder(tiny_config, tmp_path_factory):
         context = torch.multiprocessing.spawn(
             on_a_rank, (count, folder, tiny_config, port), nprocs=count, join=False
         )
-        deadline = time.monotonic() + 400
+        deadline = time.monotonic() + 900
         while not context.join(timeout=1):  # raises what a rank raised
             assert time.monotonic() < deadline, "the ranks hang"
     for name, options in {**RUNS, "whole": PARTED}.items():
@@ -363,9 +363,8 @@ def test_an_environment_without_torchrun_is_one_line(tiny_config, tmp_path, monk
     assert main(["pretrain", str(tiny_config), "--run-dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "RANK is not set: start ranks with torchrun" in error
-    with pytest.raises(SystemExit, match="2"):
-        main(["evaluate", str(tmp_path)])
-    assert "evaluate runs in one process: start it without torchrun" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert "evaluate runs in one process; start it without torchrun" in capsys.readouterr().err
 
 
 def test_one_rank_needs_no_group(tiny_config):
