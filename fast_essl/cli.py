@@ -254,7 +254,8 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     except EndedByAnotherRankError:  # which has said why
         return 2
     except LostRankError as error:
-        return _fail(str(error), 1)
+        _fail(str(error), 1)
+        os._exit(1)  # the group's threads may still wait for the rank that is gone
 
 
 def _pretrain_config(arguments: argparse.Namespace) -> Config:

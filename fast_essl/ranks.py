@@ -11,12 +11,16 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from fast_essl.config import ConfigError
@@ -61,17 +65,50 @@ def process_group() -> Iterator[None]:
     if on_cuda and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():  # if not, resolve_device tells
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=TIMEOUT)
+        store, number, count = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+            store=PrefixStore(_agreed_name(store, number, count), store),
+            rank=number,
+            world_size=count,
+            timeout=TIMEOUT,
+        )
         yield
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+    except RuntimeError as error:  # the group is left as it is: with a rank gone, NCCL would wait for it
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise LostRankError(
             f"another rank ended, or did not answer ({reason}); the same command continues from the checkpoint"
         ) from error
-    # Not after an error: with a rank gone, NCCL would wait for it here.
+    except BaseException:
+        if dist.is_initialized():
+            dist.destroy_process_group()  # its threads would abort the interpreter's end
+        raise
     dist.destroy_process_group()
+
+
+def _agreed_name(store: Store, number: int, count: int) -> str:
+    """A name that the ranks started now, and none before them, agree on.
+
+    torchrun (2.13) keeps one store for all its restarts, and in it the addresses of ranks that are gone. Each rank
+    says a new word, rank 0 publishes all words, and they hold when every rank has found its own among them.
+    """
+    own, deadline = uuid.uuid4().hex, time.monotonic() + TIMEOUT.total_seconds()
+    said: set[str] = set()
+    store.set(f"word/{number}", own)
+    while time.monotonic() < deadline:
+        if number == 0:
+            store.set("words", " ".join(store.get(f"word/{other}").decode() for other in range(count)))
+        words = store.get("words").decode()
+        if words.split()[number : number + 1] == [own]:
+            if words not in said:
+                store.add(words, 1)
+                said.add(words)
+            if store.add(words, 0) == count:
+                return words
+        time.sleep(0.05)
+    raise LostRankError(f"not all of the {count} ranks have come within {TIMEOUT}")
 
 
 def ranks_on_this_machine() -> int:
