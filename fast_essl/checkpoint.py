@@ -33,7 +33,7 @@ RUN_ONLY_FIELDS = frozenset(
     }
 )
 """The configuration fields that may change when a run is resumed, as those of the evaluations; others define it."""
-EVALUATION_SECTIONS = ("probe.", "finetune.")
+EVALUATION_SECTIONS = ("probe.", "finetune.", "speedrun.")
 
 
 def save_file(path: Path, state: Mapping[str, Any]) -> None:

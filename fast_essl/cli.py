@@ -18,11 +18,12 @@ from typing import NoReturn
 from fast_essl import __version__
 from fast_essl.bench.cli import add_parser as add_bench
 from fast_essl.config import Config, ConfigError
+from fast_essl.speedrun_command import add_speedrun
 from loaders.errors import DataError
 
 PRETRAIN_USAGE = "fast-essl pretrain CONFIG [--run-dir DIR] [--section.field VALUE ...]"
 
-TAKE_OVERRIDES = ("pretrain", "evaluate", "probe", "finetune", "study", "demo", "bench")
+TAKE_OVERRIDES = ("pretrain", "evaluate", "probe", "finetune", "study", "demo", "bench", "speedrun")
 """Commands that take `--section.field VALUE`."""
 
 
@@ -41,9 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.overrides = rest
     try:
         if _is_rank() and arguments.command in TAKE_OVERRIDES and arguments.command != "pretrain":
-            raise ConfigError(
-                f"command line: {arguments.command} runs in one process; start it without torchrun"
-            )
+            raise ConfigError(f"{arguments.command} runs in one process; start it without torchrun")
         return int(arguments.run(arguments))
     except (ConfigError, DataError) as error:
         return _fail(str(error))
@@ -172,6 +171,8 @@ def _build_parser() -> argparse.ArgumentParser:
     study.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the runs (default: runs/<STUDY's name>)"
     )
+
+    add_speedrun(commands)
 
     transformations = commands.add_parser(
         "transformations", help="what features can be made sensitive or insensitive to", allow_abbrev=False

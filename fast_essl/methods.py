@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +113,7 @@ class ESSL(nn.Module):
         ssl: SimCLR | SimSiam | BarlowTwins,
         *,
         equivariance_weight: float,
+        passes: Literal["separate", "joint_views", "joint_all"] = "separate",
         head: PredictionHead | None = None,
         online_classifier: nn.Module | None = None,
     ) -> None:
@@ -122,6 +124,7 @@ class ESSL(nn.Module):
         self.head = head
         self.online_classifier = online_classifier
         self.equivariance_weight = equivariance_weight
+        self.passes = passes
 
     def check(self, device: torch.device) -> None:
         """Errors: `ConfigError` for a kernel that is asked for and does not run on the device."""
@@ -136,16 +139,15 @@ class ESSL(nn.Module):
 
     def embed(self, views: Views) -> tuple[Tensor, ...]:
         """What the SSL loss takes of a batch, (N, E) each."""
-        view1, view2 = views.views
-        return self.ssl.embed(self.backbone(view1), self.backbone(view2))
+        features1, features2 = self._features(views, for_ssl_alone=True)[:2]
+        return self.ssl.embed(features1, features2)
 
     def forward(self, views: Views, ssl_loss_of: Callable[..., Tensor] | None = None) -> MethodOutput:
-        """Each input passes the backbone on its own, so that BatchNorm sees each view's own statistics.
+        """The losses of a batch, on the backbone's features of every input.
 
         Args: `ssl_loss_of` the embeddings stands in for the method's own SSL loss (gradient accumulation).
         """
-        view1, view2 = views.views
-        features1, features2 = self.backbone(view1), self.backbone(view2)
+        features1, features2, *transformed_features = self._features(views)
         ssl_loss = (ssl_loss_of or self.ssl.loss)(*self.ssl.embed(features1, features2))
         loss, equivariance_loss, equivariance_accuracy, online_accuracy = ssl_loss, None, None, None
         if self.head is not None:
@@ -154,7 +156,7 @@ class ESSL(nn.Module):
             # With all copies of each sample there, the labels follow from the position, and no kernel reads them.
             complete = len(views.transformed) == self.head.num_classes * len(views.labels)
             equivariance_loss, equivariance_accuracy = self.head.loss(
-                self.backbone(views.transformed), None if complete else views.transformed_labels
+                transformed_features[0], None if complete else views.transformed_labels
             )
             loss = loss + self.equivariance_weight * equivariance_loss
             equivariance_loss = equivariance_loss.detach()
@@ -170,6 +172,24 @@ class ESSL(nn.Module):
             equivariance_accuracy=equivariance_accuracy,
             online_accuracy=online_accuracy,
         )
+
+    def _features(self, views: Views, *, for_ssl_alone: bool = False) -> list[Tensor]:
+        """Of both views and, where there is a head, of the transformed copies, in as many passes as configured.
+
+        On its own, each input is normalised by its own statistics; together they share them, in fewer, larger kernels.
+
+        Args: `for_ssl_alone` leaves the copies out where the views' features do not depend on them.
+        """
+        inputs = list(views.views)
+        wanted = not for_ssl_alone or self.passes == "joint_all"
+        if self.head is not None and views.transformed is not None and wanted:
+            inputs.append(views.transformed)
+        if self.passes == "separate":
+            return [self.backbone(images) for images in inputs]
+        num_joint = 2 if self.passes == "joint_views" else len(inputs)
+        together, apart = inputs[:num_joint], inputs[num_joint:]
+        features = self.backbone(torch.cat(together)).split([len(images) for images in together])
+        return [*features, *(self.backbone(images) for images in apart)]
 
 
 _SSL: dict[str, type[SimCLR] | type[SimSiam] | type[BarlowTwins]] = {
@@ -209,6 +229,7 @@ def build_method(config: Config, *, num_classes: int) -> ESSL:
         backbone,
         ssl,
         equivariance_weight=method.equivariance_weight,
+        passes=method.passes,
         head=head,
         online_classifier=online_classifier,
     )

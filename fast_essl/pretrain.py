@@ -30,7 +30,7 @@ from fast_essl.interchange import load_backbone
 from fast_essl.methods import ESSL, build_method
 from fast_essl.optim import build_optimizer, set_learning_rates
 from fast_essl.ranks import all_or_none, data_parallel, share_buffers, together
-from fast_essl.run import Run, StopSignals, Summary
+from fast_essl.run import Goal, Run, StopSignals, Summary
 from fast_essl.schedule import learning_rate_share
 from fast_essl.source import Source, image_source
 from fast_essl.staging import staged
@@ -70,6 +70,8 @@ def train(
     method: ESSL,
     device: torch.device,
     dtype: torch.dtype,
+    goal: Goal | None = None,
+    before_clock: Callable[[ESSL], None] | None = None,
     show_progress: bool = True,
 ) -> Summary:
     """Train, or go on training, the run in `run_dir` until it is finished or a signal stops it.
@@ -78,7 +80,8 @@ def train(
     SIGINT and SIGTERM end the step at hand, save a checkpoint and return; a second one acts as without fast_essl.
     Inside a process group all ranks call it alike: each trains on its part of every batch, and rank 0 writes.
 
-    Args: `source` of the batches; `method` on the CPU, as initialised; `device` and autocast `dtype` to train with.
+    Args: `source` of the batches; `method` on the CPU, as initialised; `device` and autocast `dtype` to train with;
+    `goal` that may end the run early; `before_clock` is called with the method on the device before time is counted.
     Errors: `ConfigError` and `DataError` before any step for a checkpoint of another configuration or dataset,
     `NonFiniteLossError`, `DataError` for a sample that does not decode; as `all_or_none`.
     """
@@ -99,6 +102,8 @@ def train(
         if settings.compile != "none":
             # In place, so that the checkpoint's names stay; the loss and the heads are a few kernels.
             method.backbone.compile(mode=settings.compile, dynamic=False)
+        if before_clock is not None:
+            before_clock(method)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         with all_or_none():
             optimizer = build_optimizer(
@@ -135,14 +140,17 @@ def train(
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
                 return function(*arguments)
 
-        def evaluate_if_due() -> None:
+        def evaluate_if_due(finished: bool = False) -> bool:
+            """Whether the goal's accuracy is reached."""
             num_epochs, rest = divmod(run.step, steps_per_epoch)
             due = bool(
                 settings.knn_every and num_epochs and not rest and num_epochs % settings.knn_every == 0
             )
-            if due and run.evaluated_step != run.step:
-                share_buffers(method)
-                run.evaluate(num_epochs - 1, lambda: source.evaluate(method.backbone))
+            if not (due or (finished and goal is not None)) or run.evaluated_step == run.step:
+                return False
+            share_buffers(method)
+            values = run.evaluate((run.step - 1) // steps_per_epoch, lambda: source.evaluate(method.backbone))
+            return goal is not None and values["knn_top1"] >= goal.accuracy
 
         bar = stack.enter_context(
             tqdm(
@@ -160,7 +168,9 @@ def train(
         micro_batches = in_passes(together(run.meter.waiting_for(steps)), method)
         views = staged(micro_batches, source.make_views, device)
         method.train()
-        evaluate_if_due()  # where a signal came between an epoch's last step and its evaluation
+        if evaluate_if_due():  # where a signal came between an epoch's last step and its evaluation
+            run.save(finished=True)
+            return _summary(run, "finished", last_step)
         while run.step < last_step:
             per_epoch = config.optimizer.schedule == "epoch"
             share = learning_rate_share(
@@ -188,7 +198,8 @@ def train(
             run.end_step(output.loss, settings.batch_size)
             bar.update()
 
-            finished = run.step == last_step
+            in_time = goal is None or not max_over_ranks(int(run.elapsed_s() >= goal.budget_s))
+            finished = run.step == last_step or not in_time
             signal_number = max_over_ranks(signals.number or 0)
             stopped = signal_number > 0 and not finished
             if run.step % settings.log_every == 0 or finished:
@@ -202,13 +213,15 @@ def train(
                     online_accuracy=output.online_accuracy,
                 )
                 bar.set_postfix(_shown(line), refresh=False)
-            if not stopped:
-                evaluate_if_due()
+            if not stopped and evaluate_if_due(finished):
+                finished = True
             if run.step % settings.checkpoint_every == 0 or finished or stopped:
                 share_buffers(method)
                 run.save(finished=finished)
             if stopped:
                 return _summary(run, "stopped", last_step, signal_number)
+            if finished:
+                break
         return _summary(run, "finished", last_step)
 
 
