@@ -6,7 +6,8 @@ every micro-batch passes the network twice (Gao et al., "Scaling Deep Contrastiv
 Limited Setup", 2021, section 3.2): first without a graph, for its embeddings, from which the loss of the batch and
 its gradient on each embedding are computed; then with a graph, into which these gradients are fed.
 
-Memory is that of one micro-batch's graph, and of the whole batch's crops (uint8, in main memory) and embeddings.
+Memory is that of one micro-batch's graph, and of the whole batch's embeddings and crops (uint8, where the loader makes
+them: in main memory, or with nvJPEG and the loader `device` on the GPU).
 BatchNorm sees a micro-batch, of all ranks where it is synchronised; its running statistics move in the second pass
 alone, once a micro-batch.
 """

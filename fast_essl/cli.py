@@ -64,7 +64,7 @@ def _fail(message: str, code: int = 2) -> int:
 
 def _is_rank() -> bool:
     """Whether torchrun started this process beside others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _build_parser() -> argparse.ArgumentParser:

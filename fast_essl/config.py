@@ -68,8 +68,8 @@ class ViewsConfig:
         _require(
             self,
             "sizes",
-            not self.sizes or (min(self.sizes) >= 1 and {self.sizes[-1]} == last),
-            f"positive, the last one both views' size, {' and '.join(map(str, sorted(last)))}",
+            not self.sizes or (1 <= min(self.sizes) <= max(self.sizes) <= 4096 and {self.sizes[-1]} == last),
+            f"from 1 to 4096 pixels, the last one both views' size, {' and '.join(map(str, sorted(last)))}",
         )
         begins = (0, *self.size_epochs)
         ascending = all(before < after for before, after in pairwise(begins))
@@ -167,8 +167,9 @@ class MethodConfig:
         _require(
             self,
             "contrastive_backend",
-            self.contrastive_backend == "torch" or self.contrastive_loss == "info_nce",
-            "'torch' with contrastive_loss = 'nt_xent'",
+            self.contrastive_backend == "torch"
+            or (self.name, self.contrastive_loss) == ("simclr", "info_nce"),
+            "'torch' with another loss than SimCLR's info_nce",
         )
         _require(self, "temperature", 0 < self.temperature < float("inf"), "above 0")
         _require(self, "off_diagonal_weight", 0 <= self.off_diagonal_weight < float("inf"), "0 or more")
@@ -280,6 +281,12 @@ class TrainConfig:
         divides = self.batch_size % self.accumulate == 0 and self.batch_size // self.accumulate >= 2
         wanted = f"a divisor of batch_size = {self.batch_size} that leaves 2 samples or more"
         _require(self, "accumulate", divides, wanted)
+        _require(
+            self,
+            "compile",
+            self.accumulate == 1 or self.compile in ("none", "default"),
+            "'none' or 'default' with accumulate above 1: CUDA graphs give the memory of gradients out anew",
+        )
         _require(self, "seed", 0 <= self.seed < 2**63, "from 0 to 2**63 - 1")
 
 
@@ -316,7 +323,11 @@ class Config:
                 f"optimizer.warmup_epochs = {self.optimizer.warmup_epochs}: must be at most "
                 f"train.epochs = {self.train.epochs}"
             )
-
+        if self.views.size_epochs and self.views.size_epochs[-1] >= self.train.epochs:
+            raise ValueError(
+                f"views.size_epochs = {list(self.views.size_epochs)}: must be below train.epochs = "
+                f"{self.train.epochs}, or the last size is never reached"
+            )
         sizes = [recipe.size for recipe in self.crop_recipes()]
         if self.method.passes == "joint_all" and self.views.sizes:
             raise ValueError("method.passes = 'joint_all': needs inputs of one size; leave views.sizes away")

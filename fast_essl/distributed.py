@@ -69,8 +69,9 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
         ctx.num_rows = len(rows)
+        rows = rows.contiguous()
         parts = [torch.empty_like(rows) for _ in range(num_ranks())]
-        dist.all_gather(parts, rows.contiguous())
+        dist.all_gather(parts, rows)
         return torch.cat(parts)
 
     @staticmethod

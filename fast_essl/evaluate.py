@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 
 import torch
@@ -24,8 +25,12 @@ def extract_features(backbone: nn.Module, batches: Iterable[Views]) -> tuple[Ten
     """
     was_training = backbone.training
     backbone.eval()
+    # A compiled backbone would be compiled for evaluation, too, and its CUDA graphs keep the memory of all features.
+    compiled = backbone._compiled_call_impl is not None
+    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     try:
-        pairs = [(backbone(views.views[0]).float(), views.labels) for views in batches]
+        with eager:
+            pairs = [(backbone(views.views[0]).float(), views.labels) for views in batches]
     finally:
         backbone.train(was_training)
     features, labels = zip(*pairs, strict=True)

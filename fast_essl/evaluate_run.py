@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,7 +175,9 @@ def load_run(
     if not (run_dir / run_folder.CONFIG).is_file() or not (run_dir / run_folder.CHECKPOINT).is_file():
         raise ConfigError(f"{run_dir}: no run with a checkpoint is here; `fast-essl pretrain` makes one")
     config = load_config(run_dir / run_folder.CONFIG, overrides)
-    method = build_method(config, num_classes=count_classes(config))
+    # The names are the same, and apex, if the run had its LayerNorm, need not be here.
+    plain = dataclasses.replace(config, head=dataclasses.replace(config.head, layer_norm="torch"))
+    method = build_method(plain, num_classes=count_classes(config))
     if random_init:
         if config.train.init_from:
             load_backbone(method.backbone, Path(config.train.init_from))

@@ -63,11 +63,15 @@ class PredictionHead(nn.Sequential):
             raise ConfigError("head.layer_norm = 'apex': needs a CUDA device; use 'torch'")
         if self.backend == "triton":
             require_kernels("head.layer_norm", device)
+            from fast_essl.kernels.checks import check_width
             from fast_essl.kernels.head_tail import check_size
 
             last: Any = self[-1]
             try:
                 check_size(last.weight)
+                for layer in self:
+                    if isinstance(layer, nn.LayerNorm):
+                        check_width(layer.normalized_shape[0])
             except ValueError as error:
                 raise ConfigError(f"head.layer_norm = 'triton': {error}; use 'torch'") from None
 

@@ -29,6 +29,12 @@ def read_records(record_dir: Path) -> dict[str, dict[str, Any]]:
         except ValueError as error:
             raise DataError(f"{path}: not a record ({error}); repair it or move it away") from None
         if isinstance(record, dict) and record.get("kind") == "speedrun":
+            try:
+                _rank(record), _row(path.name, record)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise DataError(
+                    f"{path}: not a whole record ({error!r}); repair it or move it away"
+                ) from None
             records[path.name] = record
     return records
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fast_essl.config import Config, MethodConfig, ModelConfig
+from fast_essl.config import Config, ConfigError, MethodConfig, ModelConfig
 from fast_essl.heads import PredictionHead, prediction_head, predictor, projector
 from fast_essl.kernels import require_kernels
 from fast_essl.losses import barlow_twins, classification, info_nce, negative_cosine, nt_xent
@@ -43,6 +43,7 @@ class SimCLR(nn.Module):
         super().__init__()
         self.projector = _projector(model, num_features)
         self._temperature = method.temperature
+        self.embedding_size = model.projector_out
         self.fused = method.contrastive_backend == "triton"
         self._loss: Callable[[Tensor, Tensor, float], Tensor] = (
             info_nce if method.contrastive_loss == "info_nce" else nt_xent
@@ -132,6 +133,12 @@ class ESSL(nn.Module):
             self.head.check(device)
         if isinstance(self.ssl, SimCLR) and self.ssl.fused:
             require_kernels("method.contrastive_backend", device)
+            from fast_essl.kernels.checks import check_width
+
+            try:
+                check_width(self.ssl.embedding_size)
+            except ValueError as error:
+                raise ConfigError(f"method.contrastive_backend = 'triton': {error}; use 'torch'") from None
 
     def constant_rate_parameters(self) -> list[nn.Parameter]:
         """The predictor's, whose learning rate no schedule lowers (SimSiam paper, section 4.3)."""

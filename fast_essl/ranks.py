@@ -49,9 +49,13 @@ def process_group() -> Iterator[None]:
 
     Errors: `ConfigError` where the environment is not torchrun's; `LostRankError` when another rank is gone.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
+    if not os.environ["WORLD_SIZE"].isdecimal():
+        raise ConfigError(
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: must be a number; start ranks with torchrun"
+        )
     missing = [
         name
         for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

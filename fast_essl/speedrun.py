@@ -32,7 +32,7 @@ import torch
 from fast_essl import run_folder
 from fast_essl.checkpoint import load_checkpoint
 from fast_essl.config import Config, ConfigError
-from fast_essl.config_io import config_to_table, load_config
+from fast_essl.config_io import config_to_table, flatten, load_config
 from fast_essl.conversion import convert_where_needed
 from fast_essl.evaluate_run import count_classes, resolve_device, use_threads
 from fast_essl.interchange import load_backbone
@@ -43,6 +43,7 @@ from fast_essl.run import Goal
 from fast_essl.source import Source, image_source
 from fast_essl.staging import to_device
 from loaders.batch import Views
+from loaders.errors import DataError
 from loaders.manifest import Manifest
 
 STARTS = "speedrun.json"
@@ -84,6 +85,10 @@ def run_speedrun(
     if config.speedrun.target and not config.train.knn_every:
         raise ConfigError("train.knn_every = 0: a target needs evaluations; choose 1 or more epochs")
     name = out.name.replace("_", "-")
+    if config.train.accumulate > 1:
+        raise ConfigError(
+            f"train.accumulate = {config.train.accumulate}: a speed-run takes 1; choose a batch that fits"
+        )
     _check_writable(record_dir, name)
     conversion_s = _convert(config, say)
     count_classes(config)
@@ -166,6 +171,7 @@ def _make_run(
 ) -> dict[str, Any]:
     """Begin a run, go on with it, or take it as it is where it has ended for this goal; its part of the record."""
     history = _read_history(run_dir)
+    _require_same_settings(config, run_dir)
     if _has_ended(config, run_dir, history):
         load_checkpoint(  # errors: `ConfigError` where it is a run of another configuration
             run_dir / run_folder.CHECKPOINT,
@@ -181,6 +187,19 @@ def _make_run(
     environment = json.loads((run_dir / run_folder.ENVIRONMENT).read_text(encoding="utf-8"))
     told = {name: environment[name] for name in ("date", "commit", "cpu", "gpus")}
     return {**_outcome(config, run_dir, history), **told, "metrics": _metrics(run_dir)}
+
+
+def _require_same_settings(config: Config, run_dir: Path) -> None:
+    """Errors: `ConfigError` where the run there was made with what may change in a run, but not in its timing."""
+    if not (run_dir / run_folder.CONFIG).exists():
+        return
+    saved = flatten(config_to_table(load_config(run_dir / run_folder.CONFIG)))
+    for key, value in flatten(config_to_table(config)).items():
+        free = key.startswith("speedrun.") or key in ("data.train", "data.test", "train.max_steps")
+        if not free and saved.get(key) != value:
+            raise ConfigError(
+                f"{run_dir}: {key} = {saved.get(key)!r} there and {value!r} now; choose another --out"
+            )
 
 
 def _train(
@@ -245,6 +264,7 @@ def _warm_up(
 
 def _pass(method: ESSL, views: Views, config: Config, device: torch.device, dtype: torch.dtype) -> None:
     """Forward and backward as in a step."""
+    method.zero_grad()  # a CUDA graph's next pass takes the memory of the gradients
     if config.train.compile != "none":
         torch.compiler.cudagraph_mark_step_begin()
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
@@ -314,14 +334,19 @@ def _evaluations(run_dir: Path) -> list[dict[str, Any]]:
 def _read_history(run_dir: Path) -> dict[str, Any]:
     path = run_dir / STARTS
     if path.exists():
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise DataError(f"{path}: damaged ({error}); remove the run's folder to begin anew") from None
     if (run_dir / run_folder.CHECKPOINT).exists():
         raise ConfigError(f"{run_dir}: a run that was not begun by a speed-run; choose another --out")
     return {"starts": []}
 
 
 def _write_history(run_dir: Path, history: dict[str, Any]) -> None:
-    (run_dir / STARTS).write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+    part = (run_dir / STARTS).with_suffix(".part")
+    part.write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+    part.replace(run_dir / STARTS)
 
 
 def _convert(config: Config, say: Callable[[str], None]) -> float | None:

@@ -48,19 +48,19 @@ class DeviceLoader:
         fit into the memory that is left; `ValueError` for a batch that cannot be formed.
         """
         del num_workers
-        self._images = open_beton(Path(path))
+        self.images = open_beton(Path(path))
         self.plan = EpochPlan(
             recipes=tuple(recipes),
-            heights=self._images.heights,
-            widths=self._images.widths,
-            labels=self._images.labels,
+            heights=self.images.heights,
+            widths=self.images.widths,
+            labels=self.images.labels,
             **plan,
         )
-        self._pixels: Tensor | None = _read_all(self._images, torch.device(device))
+        self._pixels: Tensor | None = _read_all(self.images, torch.device(device))
 
     @property
     def manifest(self) -> Manifest:
-        return self._images.manifest
+        return self.images.manifest
 
     @property
     def num_samples(self) -> int:
@@ -68,7 +68,7 @@ class DeviceLoader:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        return self._images.class_names
+        return self.images.class_names
 
     @property
     def num_classes(self) -> int:
@@ -157,7 +157,10 @@ def _read_all(images: BetonImages, device: torch.device) -> Tensor:
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )  # torch's, to be used again
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     with open("/proc/meminfo", encoding="ascii") as lines:
         kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     return kib * 1024

@@ -16,7 +16,8 @@ GPUs, and these assumptions:
   thirds of that piece's time, except for the last bucket of 25 MB, which waits for the end of it (PyTorch DDP).
 - **SyncBatchNorm**: every BatchNorm layer waits for two exchanges of a few kilobytes, one forward and one backward, in
   each of the method's backbone passes and each piece; they cost latency alone.
-- Left out: evaluation, checkpoints, restarts, and the gathering of embeddings (a few MB a step).
+- Left out: the second forward pass of the views that SimCLR and Barlow Twins take with gradient accumulation,
+  evaluation, checkpoints, restarts, and the gathering of embeddings (a few MB a step).
 """
 
 from __future__ import annotations
@@ -182,13 +183,20 @@ def read_job(
             bytes_per_sample=results["data"]["bytes_per_sample"],
             longer_side=results["data"]["longer_side"],
             max_side=max_side,
-            num_passes=3 if weight > 0 else 2,
+            num_passes=_num_passes(results["config"]["method"]["passes"], with_copies=weight > 0),
             **results["method"],
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}: not what `fast-essl bench all` writes ({error!r}); measure again"
         ) from None
+
+
+def _num_passes(passes: str, *, with_copies: bool) -> int:
+    """Backbone passes of a step."""
+    if passes == "separate":
+        return 3 if with_copies else 2
+    return 2 if passes == "joint_views" and with_copies else 1
 
 
 def plan(job: Job, cluster: Cluster) -> Plan:

@@ -140,6 +140,11 @@ def run_bench(options: BenchOptions, *, say: Callable[[str], None] = print) -> d
         raise ConfigError(f"bench kernels: there is no CUDA device here, and {NO_KERNELS}")
     if options.data is not None and "loader" not in options.parts:
         raise ConfigError(f"command line: --data {options.data}: only the part loader reads images")
+    if config.train.accumulate > 1:
+        raise ConfigError(
+            f"train.accumulate = {config.train.accumulate}: bench measures one micro-batch; give "
+            f"--train.accumulate 1 --batch-size {config.train.batch_size // config.train.accumulate}"
+        )
     use_threads(config)
     effort = QUICK if options.quick else GPU if device.type == "cuda" else CPU
     environment = describe_environment(shlex.join(["fast-essl", *sys.argv[1:]]))
@@ -229,7 +234,9 @@ def _batch_size(options: BenchOptions, config: Config, num_samples: int, effort:
 def _with(config: Config, images: BetonImages | None, batch_size: int) -> Config:
     """The configuration on these images, with this batch, and without evaluations."""
     config = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, batch_size=batch_size, knn_every=0)
+        config,
+        train=dataclasses.replace(config.train, batch_size=batch_size, knn_every=0),
+        views=dataclasses.replace(config.views, sizes=(), size_epochs=()),  # the last size, in all rows
     )
     if images is None:
         return config
@@ -284,7 +291,10 @@ def measure_parts(bench: Bench, parts: tuple[str, ...], say: Callable[[str], Non
         loaded = {"batch_size": batch_size, "num_samples": max(effort.num_loaded, batch_size)}
         add(loading.loader_row(config, recipes, **loaded, num_repeats=num_repeats))
     if "views" in parts or "step" in parts:
-        if on_gpu and config.data.loader != "dali":  # whose crops are on the GPU from the start
+        if on_gpu and config.data.loader not in (
+            "dali",
+            "device",
+        ):  # whose crops are on the GPU from the start
             add(step.upload_row(make_crops(recipes, config.train.batch_size), device, num_repeats))
         add(step.views_row(config, form, device, num_repeats))
     if "step" in parts:

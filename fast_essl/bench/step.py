@@ -59,7 +59,8 @@ class Form:
         """The configuration with the form's backend. Errors: `ValueError` for what does not go together."""
         if self.backend is None:
             return config
-        fused = self.backend == "triton" and config.method.contrastive_loss == "info_nce"
+        contrast = config.method.name, config.method.contrastive_loss
+        fused = self.backend == "triton" and contrast == ("simclr", "info_nce")
         apex = self.backend == "apex" and config.optimizer.name == "sgd"
         return dataclasses.replace(
             config,
@@ -150,6 +151,8 @@ def step_rows(
     first_s = time.perf_counter() - started
     for _ in range(NUM_WARMUP if device.type == "cuda" else 0):
         step.train(views_of())
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # the operations were counted in an eager step
     marks = Marks(device)
     cpu_before_s = cpu_s()
     for _ in range(num_steps):

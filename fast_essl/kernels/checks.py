@@ -11,6 +11,12 @@ MAX_ROW = 16_384
 """Longest row that a program holds in registers."""
 
 
+def check_width(size: int) -> None:
+    """Errors: `ValueError` for rows of a length that no program can hold."""
+    if size > MAX_ROW:
+        raise ValueError(f"rows of {size} elements: at most {MAX_ROW} fit")
+
+
 def check_rows(name: str, x: Tensor) -> None:
     """A matrix whose rows a program can hold; rows may lie apart, their elements may not.
 

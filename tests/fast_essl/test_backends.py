@@ -40,11 +40,23 @@ def test_a_missing_triton_is_said(monkeypatch):
         require_kernels("head.layer_norm", torch.device("cuda"))
 
 
-def test_the_fused_loss_is_info_nce_alone():
+@pytest.mark.parametrize("other", [{"contrastive_loss": "nt_xent"}, {"name": "simsiam"}])
+def test_the_fused_loss_is_info_nce_alone(other):
+    with pytest.raises(ValueError, match="contrastive_backend = 'triton': must be 'torch' with another loss"):
+        MethodConfig(contrastive_backend="triton", **other)
+
+
+@pytest.mark.parametrize("setting", ["head.hidden", "model.projector-out"])
+def test_rows_too_long_for_the_kernels_are_one_line(setting, tiny_config, monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    overrides = ["--head.layer-norm", "triton", "--method.contrastive-backend", "triton"]
+    overrides += ["--head.form", "imagenet", f"--{setting}", "16385"]
+    method = build_method(load_config(tiny_config, overrides), num_classes=2)
     with pytest.raises(
-        ValueError, match="contrastive_backend = 'triton': must be 'torch' with contrastive_loss"
+        ConfigError, match="= 'triton': rows of 16385 elements: at most 16384 fit; use 'torch'"
     ):
-        MethodConfig(contrastive_backend="triton", contrastive_loss="nt_xent")
+        method.check(CPU)
 
 
 def stub_apex(monkeypatch, *, extension):

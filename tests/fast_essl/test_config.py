@@ -180,3 +180,19 @@ def test_a_recipe_is_found_by_name_and_a_file_by_path(
 def test_a_width_that_onednn_cannot_train_is_refused() -> None:
     with pytest.raises(ValueError, match="width = 7: must be 8 or more"):
         ModelConfig(width=7)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("--train.accumulate 2 --train.compile reduce-overhead", "CUDA graphs give the memory of gradients"),
+        (
+            "--views.sizes 16 32 --views.size-epochs 900",
+            r"views.size_epochs = \[900\]: must be below train.epochs",
+        ),
+        ("--views.sizes 5000 32 --views.size-epochs 1", "from 1 to 4096 pixels"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path: Path, overrides: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(_write(tmp_path, MINIMAL), overrides.split())

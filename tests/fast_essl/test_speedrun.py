@@ -324,3 +324,20 @@ def test_the_leaderboard_is_sorted_and_holds_speed_runs_alone(tmp_path: Path) ->
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(DataError, match=r"broken\.json: not a record"):
         write_leaderboard(tmp_path)
+
+
+def test_runs_of_other_settings_are_not_mixed_into_a_record(tiny_config: Path, tmp_path: Path) -> None:
+    """What a checkpoint may be continued with need not be what its time was measured with."""
+    options = "--train.epochs 1 --optimizer.warmup-epochs 0 --train.knn-every 1"
+    out, records = tmp_path / "out", tmp_path / "records"
+    run_speedrun(load_config(tiny_config, options.split()), out, records, show_progress=False)
+    other = load_config(tiny_config, [*options.split(), "--train.num-threads", "2", "--speedrun.runs", "2"])
+    with pytest.raises(ConfigError, match=r"train\.num_threads = 1 there and 2 now"):
+        run_speedrun(other, out, records, show_progress=False)
+
+
+def test_half_a_record_is_named_before_the_training(tiny_config: Path, tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text('{"kind": "speedrun"}')
+    with pytest.raises(DataError, match=r"old\.json: not a whole record"):
+        run_speedrun(load_config(tiny_config), tmp_path / "out", tmp_path, show_progress=False)
+    assert not (tmp_path / "out").exists()
