@@ -33,8 +33,9 @@ def _one_thread():
     torch.set_num_threads(num_threads)
 
 
-def build(tiny_config, name):
-    options = ["--method.name", name, "--method.online-classifier", "true"]
+def build(tiny_config, name, passes="separate"):
+    options = ["--method.name", name, "--method.online-classifier", "true", "--method.passes", passes]
+    options += [f"--views.{name}.size=8" for name in ("view1", "view2", "transformed")]
     config = load_config(tiny_config, options)
     return build_method(config, num_classes=3).double()
 
@@ -117,9 +118,12 @@ def test_with_frozen_batch_norm_it_is_the_whole_batch(tiny_config, name, num):
 
 
 @pytest.mark.parametrize("num", [2, 3])
-@pytest.mark.parametrize("name", METHODS)
-def test_batch_norm_sees_micro_batches_and_counts_them_once(tiny_config, name, num):
-    method, views = build(tiny_config, name).train(), batch()
+@pytest.mark.parametrize(
+    ("name", "passes", "num_passes"),
+    [(name, "separate", 3) for name in METHODS] + [("simclr", "joint_views", 2), ("simclr", "joint_all", 1)],
+)
+def test_batch_norm_sees_micro_batches_and_counts_them_once(tiny_config, name, passes, num_passes, num):
+    method, views = build(tiny_config, name, passes).train(), batch()
     reference = copy.deepcopy(method)
     outputs = accumulated(method, views, num)
 
@@ -139,7 +143,7 @@ def test_batch_norm_sees_micro_batches_and_counts_them_once(tiny_config, name, n
     buffers = dict(reference.named_buffers())
     for key, value in method.named_buffers():
         assert torch.allclose(value, buffers[key], rtol=1e-12), key
-    assert int(method.backbone.bn1.num_batches_tracked) == 3 * num  # two views and the transformed copies
+    assert int(method.backbone.bn1.num_batches_tracked) == num_passes * num
 
 
 def test_the_loss_scale_is_on_every_gradient(tiny_config):
