@@ -16,11 +16,12 @@ from typing import NoReturn
 
 from fast_essl import __version__
 from fast_essl.config import Config, ConfigError
+from fast_essl.photonics.cli import add_parser as add_photonics
 from loaders.errors import DataError
 
 PRETRAIN_USAGE = "fast-essl pretrain CONFIG [--run-dir DIR] [--section.field VALUE ...]"
 
-TAKE_OVERRIDES = ("pretrain", "evaluate", "probe", "finetune", "study", "demo")
+TAKE_OVERRIDES = ("pretrain", "evaluate", "probe", "finetune", "study", "demo", "photonics")
 """Commands that take `--section.field VALUE`."""
 
 
@@ -190,6 +191,7 @@ def _build_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of runs and report (default: runs/photo-digits)"
     )
+    add_photonics(commands)
     return parser
 
 

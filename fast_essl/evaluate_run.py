@@ -14,7 +14,7 @@ from torch import nn
 
 from fast_essl import run_folder
 from fast_essl.checkpoint import load_file
-from fast_essl.config import Config, ConfigError
+from fast_essl.config import Config, ConfigError, RunConfig
 from fast_essl.config_io import load_config
 from fast_essl.evaluate import evaluate_backbone, extract_features, knn_accuracy
 from fast_essl.interchange import load_backbone
@@ -29,7 +29,7 @@ from loaders.recipe import Recipe
 from loaders.views import resolve_view_stage
 
 
-def resolve_device(config: Config) -> tuple[torch.device, torch.dtype]:
+def resolve_device(config: RunConfig) -> tuple[torch.device, torch.dtype]:
     """Where a run computes and in which autocast type. Errors: `ConfigError` for what this machine cannot do."""
     wanted, precision = config.train.device, config.train.precision
     if wanted == "cuda" and not torch.cuda.is_available():
@@ -86,7 +86,7 @@ def dali_decoder(config: Config) -> Literal["cpu", "mixed"]:
     return wanted
 
 
-def use_threads(config: Config) -> None:
+def use_threads(config: RunConfig) -> None:
     """Let torch compute on the configured number of CPU threads, by default one a core."""
     torch.set_num_threads(config.train.num_threads or len(os.sched_getaffinity(0)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from fast_essl.losses import barlow_twins, info_nce, negative_cosine, nt_xent
 from fast_essl.resnet import ResNet, build_backbone
 from fast_essl.transformations import config_transformations
 from loaders.batch import Views
+
+Backbone = TypeVar("Backbone", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +82,12 @@ class BarlowTwins(nn.Module):
         return barlow_twins(z1, z2, self._off_diagonal_weight)
 
 
-class ESSL(nn.Module):
+class ESSL(nn.Module, Generic[Backbone]):
     """An SSL method on a backbone, made equivariant to a transformation (Dangovski et al., ICLR 2022)."""
 
     def __init__(
         self,
-        backbone: ResNet,
+        backbone: Backbone,
         ssl: SimCLR | SimSiam | BarlowTwins,
         *,
         equivariance_weight: float,
@@ -137,7 +140,7 @@ _SSL: dict[str, type[SimCLR] | type[SimSiam] | type[BarlowTwins]] = {
 }
 
 
-def build_method(config: Config, *, num_classes: int) -> ESSL:
+def build_method(config: Config, *, num_classes: int) -> ESSL[ResNet]:
     """The configured method, initialised from the configuration's seed, on the CPU.
 
     Args: `num_classes` of the data, for the online classifier.

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from fast_essl import run_folder
-from fast_essl.config import Config, ConfigError
+from fast_essl.config import Config, ConfigError, RunConfig
 from fast_essl.config_io import config_to_toml
 from fast_essl.evaluate_run import resolve_device, use_threads
 from fast_essl.interchange import load_backbone
@@ -30,7 +30,6 @@ from fast_essl.run import Run, StopSignals, Summary
 from fast_essl.schedule import learning_rate_share
 from fast_essl.source import Source, image_source
 from fast_essl.staging import staged
-from loaders.batch import Crops
 
 
 def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Summary:
@@ -57,11 +56,11 @@ def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Su
 
 
 def train(
-    config: Config,
+    config: RunConfig,
     run_dir: Path,
     *,
     source: Source,
-    method: ESSL,
+    method: ESSL[Any],
     device: torch.device,
     dtype: torch.dtype,
     show_progress: bool = True,
@@ -198,13 +197,13 @@ def _summary(
     )
 
 
-def _steps(loader: Any, step: int, last_step: int) -> Generator[Crops]:
+def _steps(loader: Any, step: int, last_step: int) -> Generator[Any]:
     """The batches of steps `step`, …, `last_step - 1`, from as many epochs as it takes."""
     while step < last_step:
         epoch, start_step = divmod(step, len(loader))
         with contextlib.closing(loader.epoch(epoch, start_step=start_step)) as batches:
-            for crops in batches:
-                yield crops
+            for batch in batches:
+                yield batch
                 step += 1
                 if step == last_step:
                     return

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from fast_essl import run_folder
 from fast_essl.checkpoint import FORMAT_VERSION, load_checkpoint, save_checkpoint, save_file
-from fast_essl.config import Config
+from fast_essl.config import RunConfig
 from fast_essl.config_io import config_to_table
-from loaders.batch import Crops
 
 
 class NonFiniteLossError(Exception):
@@ -47,7 +46,7 @@ class Run:
 
     def __init__(
         self,
-        config: Config,
+        config: RunConfig,
         run_dir: Path,
         *,
         method: nn.Module,
@@ -232,15 +231,15 @@ class Meter:
         self.wait_s = 0.0
         self.num_samples = 0
 
-    def waiting_for(self, batches: Iterator[Crops]) -> Iterator[Crops]:
+    def waiting_for(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Pass batches on, adding up the time until each is there."""
         while True:
             before = time.perf_counter()
-            crops = next(batches, None)
+            batch = next(batches, None)
             self.wait_s += time.perf_counter() - before
-            if crops is None:
+            if batch is None:
                 return
-            yield crops
+            yield batch
 
     def read(self) -> tuple[float, float]:
         """(samples/s, data-wait share) since the last reading."""

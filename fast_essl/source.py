@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from fast_essl.config import Config
 from fast_essl.evaluate_run import EvaluationSplits, count_classes, open_split
 from fast_essl.transformations import config_transformations
-from loaders.batch import Crops, Views
+from loaders.batch import Views
 from loaders.views import resolve_view_stage
 
 
@@ -24,8 +24,11 @@ class Loader(Protocol):
     def __len__(self) -> int:
         """Steps an epoch."""
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Crops]:
-        """The batches of an epoch from `start_step` on; what it holds is freed with the generator."""
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Any]:
+        """The batches of an epoch from `start_step` on, as `make_views` takes them.
+
+        What it holds is freed with the generator.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,7 @@ class Source:
     """What the training loop is fed with."""
 
     loader: Loader
-    make_views: Callable[[Crops], Views]
+    make_views: Callable[[Any], Views]
     """A batch of the loader, on the training device, to what the method takes."""
     evaluate: Callable[[nn.Module], dict[str, float]]
     """The online evaluation of a backbone: {metric: value}, written to metrics.jsonl."""

@@ -7,8 +7,8 @@
 A cell is a pure function of (seed, split, index, settings): each random number is a word of Philox (see
 `loaders.parameters`), so cells do not depend on how many others are made, or in which order or process.
 
-Source: paper, section 6 and its appendix; the sums as in the generator of Loh et al., "Surrogate- and invariance-boosted
-contrastive learning for data-scarce applications in science", Nature Communications 13, 2022.
+Source: paper, section 6; the sums as in the generator of Loh et al., "Surrogate- and invariance-boosted contrastive
+learning for data-scarce applications in science", Nature Communications 13, 2022.
 """
 
 from __future__ import annotations
@@ -53,10 +53,18 @@ class CellsConfig:
         require(self, "max_order", 1 <= self.max_order <= 4, "from 1 to 4")
         low, high = self.permittivity
         require(
-            self, "permittivity", 1 <= low <= high <= MAX_PERMITTIVITY, f"two numbers, 1 <= low <= high <= {MAX_PERMITTIVITY:g}"
+            self,
+            "permittivity",
+            1 <= low <= high <= MAX_PERMITTIVITY,
+            f"two numbers, 1 <= low <= high <= {MAX_PERMITTIVITY:g}",
         )
         require(self, "fill", 0 < self.fill[0] <= self.fill[1] < 1, "two shares, 0 < low <= high < 1")
-        require(self, "symmetry", self.kind == "blob" or self.symmetry == "none", "'none' for gpm, which has its mirror line")
+        require(
+            self,
+            "symmetry",
+            self.kind == "blob" or self.symmetry == "none",
+            "'none' for gpm, which has its mirror line",
+        )
         require(self, "seed", 0 <= self.seed < 2**63, "from 0 to 2**63 - 1")
 
 
@@ -96,7 +104,8 @@ def _symmetries(config: CellsConfig) -> list[Callable[[np.ndarray], np.ndarray]]
 
 def _averaged(image: np.ndarray, symmetries: list[Callable[[np.ndarray], np.ndarray]]) -> np.ndarray:
     """The mean over a group, rounded so that pixels which it makes equal are so to the last bit."""
-    return np.round(np.mean([symmetry(image) for symmetry in symmetries], axis=0), 9)
+    mean: np.ndarray = np.mean([symmetry(image) for symmetry in symmetries], axis=0)
+    return mean.round(9)
 
 
 def _centred(image: np.ndarray, symmetry: str) -> np.ndarray:
@@ -116,7 +125,9 @@ def _between(number: float, bounds: tuple[float, float]) -> float:
 def _words(seed, split, index, num):  # type: ignore[no-untyped-def]
     words = np.empty((num + 3) // 4 * 4, np.uint32)
     for block in range(len(words) // 4):
-        words[4 * block : 4 * block + 4] = philox(seed, index, np.uint32(block), split, np.uint32(_CELL_STREAM))
+        words[4 * block : 4 * block + 4] = philox(
+            seed, index, np.uint32(block), split, np.uint32(_CELL_STREAM)
+        )
     return words[:num]
 
 

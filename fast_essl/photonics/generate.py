@@ -99,7 +99,9 @@ def labels_of(permittivity: Tensor, solver: SolverConfig) -> np.ndarray:
     """
     k, number = k_mesh(solver.k_mesh)
     dtype = torch.float32 if solver.precision == "fp32" else torch.float64
-    frequencies = bands(permittivity.to(dtype), k, order=solver.plane_wave_order)[:, :, :MAX_BANDS].cpu().numpy()
+    frequencies = (
+        bands(permittivity.to(dtype), k, order=solver.plane_wave_order)[:, :, :MAX_BANDS].cpu().numpy()
+    )
     means = permittivity.mean(dim=(1, 2), dtype=torch.float64).tolist()
     return np.stack(
         [

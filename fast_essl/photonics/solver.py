@@ -8,8 +8,8 @@ the plane, E = Σ_G E_G exp(2πi (k+G)·r), Maxwell's equations read
 and, with the field |k+G| E_G instead, are the eigenproblem of H = |k+G| [ε]⁻¹ |k+G|. Frequencies come from above as
 plane waves are added. ε_G is the exact Fourier transform of the pixels as constant squares.
 
-Source: Joannopoulos, Johnson, Winn and Meade, "Photonic Crystals: Molding the Flow of Light", 2nd edition, chapter 2 and
-appendix D; Ho, Chan and Soukoulis, Physical Review Letters 65, 1990.
+Source: Joannopoulos, Johnson, Winn and Meade, "Photonic Crystals: Molding the Flow of Light", 2nd edition, chapter 2
+and appendix D; Ho, Chan and Soukoulis, Physical Review Letters 65, 1990.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from fast_essl.config import _require as require
 class SolverConfig:
     """How finely the bands are computed, and the density of states from them."""
 
-    plane_wave_order: int = 5
+    plane_wave_order: int = 4
     """Largest wave number of the plane waves along each axis: (2·order + 1)² of them."""
-    k_mesh: int = 16
+    k_mesh: int = 24
     """Points along each side of the Brillouin zone; even, so that the band edges at X and M are among them."""
     smoothing: float = 0.01
     """Standard deviation of the Gaussian that the density of states is smoothed with, in its frequency; 0 for none."""
@@ -46,15 +46,14 @@ class SolverConfig:
 def bands(permittivity: Tensor, k: Tensor, *, order: int) -> Tensor:
     """The frequencies of all TM bands at some k points.
 
-    Args: `permittivity` (C, S, S) relative, real, its dtype that of the computation; `k` (K, 2) in 2π/a, along the rows'
-    and the columns' axis; `order` as in `SolverConfig`.
+    Args: `permittivity` (C, S, S) relative, real, its dtype that of the computation; `k` (K, 2) in 2π/a, along the
+    rows' and the columns' axis; `order` as in `SolverConfig`.
     Returns: (C, K, n) ascending, n = (2·order + 1)² plane waves, on the device of `permittivity`.
     Errors: `ValueError` for a permittivity below 1 or not finite.
     """
     if not bool((permittivity >= 1).all()) or not bool(permittivity.isfinite().all()):
         raise ValueError("permittivities must be finite and 1 or more")
     g = plane_waves(order).to(permittivity.device)
-    # The Cholesky factor would do, too: L⁻¹ |k+G|² L⁻ᴴ has the same eigenvalues, at one more product a k point.
     inverse = torch.linalg.inv(permittivity_matrix(permittivity, g))
     length = torch.linalg.vector_norm(k.to(permittivity)[:, None] + g, dim=-1)
     matrices = length[:, :, None] * inverse[:, None] * length[:, None, :]

@@ -64,7 +64,9 @@ class CellFile:
     """Names the content: settings, cells and labels."""
 
 
-def write_cells(path: Path, *, cells: CellsConfig, solver: SolverConfig, splits: dict[str, Split]) -> CellFile:
+def write_cells(
+    path: Path, *, cells: CellsConfig, solver: SolverConfig, splits: dict[str, Split]
+) -> CellFile:
     """Write a file under its name only when it is whole and on the disk; returns its content with the digest.
 
     Errors: `OSError`, with the file of before untouched.
@@ -101,7 +103,9 @@ def read_cells(path: Path) -> CellFile:
     try:
         with h5py.File(path, "r") as file:
             if file.attrs.get("format") != FORMAT:
-                raise DataError(f"{path}: not a file of cells of fast_essl; make one with `fast-essl photonics generate`")
+                raise DataError(
+                    f"{path}: not a file of cells of fast_essl; make one with `fast-essl photonics generate`"
+                )
             version = file.attrs.get("format_version")
             if version != FORMAT_VERSION:
                 raise DataError(

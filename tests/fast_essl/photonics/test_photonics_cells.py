@@ -52,7 +52,10 @@ def test_blobs_are_in_the_middle_and_the_cells_of_the_other_choice_anywhere():
 
     def share_inside(images):
         """Of the cells, whose middle pixel is of the material that the fill of 20% is made of."""
-        inside = [image[middle, middle] == min(np.unique(image), key=lambda v: (image == v).sum()) for image in images]
+        inside = [
+            image[middle, middle] == min(np.unique(image), key=lambda v: (image == v).sum())
+            for image in images
+        ]
         return np.mean(inside)
 
     assert share_inside(cells(fill=(0.2, 0.2))) == 1

@@ -14,8 +14,8 @@ from fast_essl.photonics.dos import (
     integrated_dos,
     normalised_dos,
 )
-from fast_essl.photonics.solver import SolverConfig, bands, k_mesh, k_path, permittivity_matrix, plane_waves
 from fast_essl.photonics.generate import labels_of
+from fast_essl.photonics.solver import SolverConfig, bands, k_mesh, k_path, permittivity_matrix, plane_waves
 
 
 def cell(index=0, **settings):
@@ -130,9 +130,13 @@ def test_the_triangles_against_counting_points_within_them():
         for j in range(2):
             f00, f01 = frequencies[i, j, 0], frequencies[i, (j + 1) % 2, 0]
             f10, f11 = frequencies[(i + 1) % 2, j, 0], frequencies[(i + 1) % 2, (j + 1) % 2, 0]
-            one = np.where(u > v, f00 + u * (f10 - f00) + v * (f11 - f10), f00 + v * (f01 - f00) + u * (f11 - f01))
+            one = np.where(
+                u > v, f00 + u * (f10 - f00) + v * (f11 - f10), f00 + v * (f01 - f00) + u * (f11 - f01)
+            )
             s, t = u, 1 - v  # the other diagonal: from f01 to f10
-            two = np.where(s > t, f01 + s * (f11 - f01) + t * (f10 - f11), f01 + t * (f00 - f01) + s * (f10 - f00))
+            two = np.where(
+                s > t, f01 + s * (f11 - f01) + t * (f10 - f11), f01 + t * (f00 - f01) + s * (f10 - f00)
+            )
             expected += [((one < f).mean() + (two < f).mean()) / 8 for f in below]
     assert np.abs(integrated_dos(frequencies, below) - expected).max() < 2e-3
 
