@@ -63,8 +63,9 @@ def write_cells_page(file: CellFile, path: Path) -> Path:
         + ", ".join(f"{len(split)} {name}" for name, split in file.splits.items())
     )
     body = f"""<header><p class="eyebrow">PHOTONIC CRYSTALS</p><h1>Unit cells, their bands and densities of states</h1>
-<p class="lead">Each cell repeats in both directions. Light that runs in its plane has the bands in the middle, from Γ by X
-and M to Γ; their density of states is to be predicted from the image alone.</p><p class="facts">{escape(about)}</p></header>
+<p class="lead">Each cell repeats in both directions. Light that runs in its plane has the bands in the middle, from Γ
+by X and M to Γ; their density of states is to be predicted from the image alone.</p>
+<p class="facts">{escape(about)}</p></header>
 <section><div class="grid3">{"".join(cards)}</div>
 <p class="note">Vertical: frequency ω̃ in 2πc / (a √⟨ε⟩), from 0 to {MAX_FREQUENCY}. Blue: bands of TM modes. Black: the
 density of states; dashed: that of a crystal without structure, 2πω̃. Grey: the frequencies that count in the score.</p>
@@ -98,15 +99,19 @@ def _study_sections(config: PhotonicsConfig, file: CellFile, result: dict[str, A
             value_format=lambda value: f"{value:.2f}%",
             dots=True,
         )
-        curves = f"<section><h2>Labels</h2><figure><figcaption>Relative error on the test cells, mean of seeds</figcaption>{chart}</figure></section>"
+        caption = "Relative error on the test cells over the number of labels, mean of seeds"
+        curves = f"<section><figure><figcaption>{caption}</figcaption>{chart}</figure></section>"
     num_seeds = len(result["seeds"])
     return f"""<header><p class="eyebrow">PHOTONIC CRYSTALS · {escape(file.cells.kind.upper())}</p>
 <h1>Predicting densities of states after pretraining on unlabelled cells</h1>
 <p class="lead">Relative error on {result["data"]["test"]:,} test cells, in percent, after pretraining on
 {result["data"]["pretrain"]:,} unlabelled ones: mean ± sample standard deviation of {num_seeds} seeds.</p>
-<p class="facts">Predicting a crystal without structure for every cell: {100 * result["empty_lattice_error"]:.2f}.</p></header>
-<section><div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>
-<p class="note">Bold: the lowest mean of a column; what differs by less than the spreads is not told apart.</p></section>
+<p class="facts">Predicting a crystal without structure for every cell: {100 * result["empty_lattice_error"]:.2f}.</p>
+</header>
+<section><div class="scroll"><table><thead><tr><th></th>{head}</tr></thead>
+<tbody>{"".join(rows)}</tbody></table></div>
+<p class="note">Bold: the lowest mean of a column; means that differ by less than their spreads are not told apart.</p>
+</section>
 {curves}{_predictions(config, file, result, out)}"""
 
 
@@ -138,8 +143,8 @@ def _predictions(config: PhotonicsConfig, file: CellFile, result: dict[str, Any]
         if row in predicted
     )
     return f"""<section><h2>Predicted against true</h2><div class="grid3">{"".join(cards)}</div>
-<p class="note">{keys} black: true; dashed: without structure. {num_labels:,} labels, seed {seed}. Vertical: frequency ω̃,
-from 0 to {MAX_FREQUENCY}; grey: the frequencies that count in the score.</p></section>"""
+<p class="note">{keys} black: true; dashed: without structure. {num_labels:,} labels, seed {seed}. Vertical: frequency
+ω̃, from 0 to {MAX_FREQUENCY}; grey: the frequencies that count in the score.</p></section>"""
 
 
 def _cell_card(file: CellFile, split: Split, index: int) -> str:
@@ -174,7 +179,8 @@ def _dos_panel(left: float, right: float, split: Split, index: int, curves: str)
         + _dos_line(split.dos[index], "dos")
         + curves
     )
-    return f'<g transform="{scale}">{inner}</g><text class="tick middle" x="{(left + right) / 2:.1f}" y="199">DOS</text>'
+    label = f'<text class="tick middle" x="{(left + right) / 2:.1f}" y="199">DOS</text>'
+    return f'<g transform="{scale}">{inner}</g>{label}'
 
 
 def _dos_line(density: np.ndarray, css: str) -> str:
