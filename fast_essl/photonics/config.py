@@ -72,7 +72,7 @@ class AugmentationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DosFinetuneConfig:
-    """Fine-tuning of the whole network on labelled cells: Adam at a constant rate, mean squared error."""
+    """Fine-tuning of the whole network on labelled cells: Adam, mean squared error."""
 
     num_labels: int = 3000
     """Labelled cells to train on, drawn by the seed; those of a smaller number are among those of a larger one."""
@@ -84,6 +84,8 @@ class DosFinetuneConfig:
     """Cells a step (official release: 64)."""
     learning_rate: float = 1e-4
     """Of Adam (official release: 1e-4)."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Whether the rate stays (official release), or falls to 0 in a half cosine, each step."""
     weight_decay: float = 1e-5
     """L2 penalty (official release: 1e-5)."""
 

@@ -26,6 +26,7 @@ from fast_essl.photonics.model import CellNet, DosNet, build_cell_net, build_dos
 from fast_essl.photonics.source import FINETUNE_VIEW, as_images, augmented, draw_words
 from fast_essl.photonics.store import CellFile, Split, read_cells
 from fast_essl.run import NonFiniteLossError
+from fast_essl.schedule import learning_rate_share
 from loaders.errors import DataError
 from loaders.order import epoch_order
 
@@ -180,8 +181,9 @@ def _fit(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     total = torch.zeros((), device=device)
     network.train()
+    num_steps = num_epochs * steps_per_epoch
     bar = tqdm(
-        total=num_epochs * steps_per_epoch,
+        total=num_steps,
         unit="step",
         disable=not show_progress,
         mininterval=0.5 if sys.stderr.isatty() else 20,
@@ -190,7 +192,10 @@ def _fit(
         for epoch in range(num_epochs):
             total.zero_()
             order = chosen[epoch_order(len(chosen), seed=seed, epoch=epoch)]
-            for indices in np.array_split(order, steps_per_epoch):
+            for number, indices in enumerate(np.array_split(order, steps_per_epoch)):
+                if settings.schedule == "cosine":
+                    share = learning_rate_share(epoch * steps_per_epoch + number, num_steps=num_steps)
+                    optimizer.param_groups[0]["lr"] = settings.learning_rate * share
                 words = draw_words(seed, epoch, indices, range(FINETUNE_VIEW, FINETUNE_VIEW + 1))
                 index = torch.from_numpy(indices).to(device)
                 moved = augmented(
@@ -207,4 +212,4 @@ def _fit(
                 scaler.update()
                 total += loss.detach() / steps_per_epoch
                 bar.update()
-    return num_epochs * steps_per_epoch, float(total)
+    return num_steps, float(total)

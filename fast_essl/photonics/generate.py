@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from fast_essl.config import ConfigError
 from fast_essl.config import _require as require
-from fast_essl.photonics.cells import CellsConfig, make_cell
-from fast_essl.photonics.dos import normalised_dos
+from fast_essl.photonics.cells import SIDE, CellsConfig, make_cell
+from fast_essl.photonics.dos import NUM_FREQUENCIES, normalised_dos
 from fast_essl.photonics.solver import SolverConfig, bands, k_mesh
 from fast_essl.photonics.store import SPLITS, CellFile, Split, read_cells, write_cells
 
@@ -79,14 +79,14 @@ def generate(
             def make(index: int, number: int = number) -> np.ndarray:
                 return make_cell(cells, split=number, index=index)
 
-            images = np.zeros((num, *make(0).shape), np.float32)
+            images = np.zeros((num, SIDE, SIDE), np.float32)
             dos = None
             for index, image in enumerate(map(make, range(num))):
                 images[index] = image
                 bar.update(not labelled)
             if labelled:
                 rows = _labels(images, solver, device, num_threads)
-                dos = np.array([_counted(row, bar) for row in rows], np.float32).reshape(num, -1)
+                dos = np.array([_counted(row, bar) for row in rows], np.float32).reshape(num, NUM_FREQUENCIES)
             splits[name] = Split(permittivity=images, dos=dos)
     return write_cells(path, cells=cells, solver=solver, splits=splits)
 

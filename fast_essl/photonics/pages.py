@@ -26,7 +26,7 @@ NUM_CELLS = 12
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 """Of the errors of the row E-SimCLR: which test cells are shown."""
 PATH_STEPS = 12
-MAX_DOS = 16.0
+MAX_DOS = 16
 """Right end of the densities' axes; a higher peak is cut."""
 
 _STYLE = """
@@ -38,6 +38,7 @@ _STYLE = """
 .band { fill: none; stroke: var(--c4); stroke-width: 1.1; }
 .dos { fill: none; stroke: var(--ink); stroke-width: 1.6; }
 .empty { fill: none; stroke: var(--random); stroke-width: 1.2; stroke-dasharray: 4 3; }
+.labels { max-width: 620px; }
 .score { fill: var(--faint); opacity: .55; }
 """
 
@@ -68,7 +69,8 @@ by X and M to Γ; their density of states is to be predicted from the image alon
 <p class="facts">{escape(about)}</p></header>
 <section><div class="grid3">{"".join(cards)}</div>
 <p class="note">Vertical: frequency ω̃ in 2πc / (a √⟨ε⟩), from 0 to {MAX_FREQUENCY}. Blue: bands of TM modes. Black: the
-density of states; dashed: that of a crystal without structure, 2πω̃. Grey: the frequencies that count in the score.</p>
+density of states, from 0 to {MAX_DOS}; dashed: that of a crystal without structure, 2πω̃. Grey: the frequencies that
+count in the score.</p>
 </section>"""
     return _write(path, _document("Photonic crystals: cells", body))
 
@@ -100,7 +102,9 @@ def _study_sections(config: PhotonicsConfig, file: CellFile, result: dict[str, A
             dots=True,
         )
         caption = "Relative error on the test cells over the number of labels, mean of seeds"
-        curves = f"<section><figure><figcaption>{caption}</figcaption>{chart}</figure></section>"
+        curves = (
+            f'<section><figure class="labels"><figcaption>{caption}</figcaption>{chart}</figure></section>'
+        )
     num_seeds = len(result["seeds"])
     return f"""<header><p class="eyebrow">PHOTONIC CRYSTALS · {escape(file.cells.kind.upper())}</p>
 <h1>Predicting densities of states after pretraining on unlabelled cells</h1>
@@ -189,11 +193,15 @@ def _dos_line(density: np.ndarray, css: str) -> str:
 
 
 def _line(x: np.ndarray, frequencies: np.ndarray, css: str) -> str:
-    """A curve up to the top of the panel."""
-    points = " ".join(
-        f"{a:.1f},{_y(f):.1f}" for a, f in zip(x, np.minimum(frequencies, MAX_FREQUENCY), strict=True)
-    )
-    return f'<polyline class="{css}" vector-effect="non-scaling-stroke" points="{points}"/>'
+    """A curve, left out where it is above the top of the panel."""
+    inside = frequencies <= MAX_FREQUENCY
+    pieces = np.split(np.arange(len(x)), np.flatnonzero(np.diff(inside)) + 1)
+    parts = []
+    for piece in pieces:
+        if inside[piece[0]]:
+            points = " ".join(f"{x[n]:.1f},{_y(frequencies[n]):.1f}" for n in piece)
+            parts.append(f'<polyline class="{css}" vector-effect="non-scaling-stroke" points="{points}"/>')
+    return "".join(parts)
 
 
 def _y(frequency: float) -> float:

@@ -20,11 +20,14 @@ def pretrain_cells(config: PhotonicsConfig, run_dir: Path, *, show_progress: boo
     """
     device, dtype = resolve_device(config)
     use_threads(config)
+    method = build_cell_method(
+        config
+    )  # first: what is wrong with a transformation is said before the file is read
     return train(
         config,
         run_dir,
         source=cell_source(config, read_cells(config.data.file), dtype),
-        method=build_cell_method(config),
+        method=method,
         device=device,
         dtype=dtype,
         show_progress=show_progress,
