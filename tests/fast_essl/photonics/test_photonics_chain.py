@@ -100,7 +100,7 @@ def test_a_resumed_run_ends_in_the_same_weights_and_is_continued_on_the_same_dat
     study = dataclasses.replace(config.study, seeds=(5,))
     other = dataclasses.replace(config, study=study)  # what does not concern the run may change
     assert pretrain_cells(other, tmp_path / "parts", show_progress=False).status == "already finished"
-    with pytest.raises(ConfigError, match="method.equivariance_weight"):
+    with pytest.raises(ConfigError, match=r"method\.equivariance_weight"):
         pretrain_cells(of_row(config, "simclr", 0), tmp_path / "parts", show_progress=False)
     path = tmp_path / "other.h5"
     generate(

@@ -12,6 +12,7 @@ from support import assert_close, parity
 from fast_essl.config import ConfigError, TransformationConfig
 from fast_essl.photonics.cells import CellsConfig, make_cell
 from fast_essl.photonics.config import AugmentationConfig, PhotonicsConfig
+from fast_essl.photonics.solver import SolverConfig
 from fast_essl.photonics.source import (
     CellLoader,
     as_images,
@@ -21,7 +22,6 @@ from fast_essl.photonics.source import (
     draw_words,
 )
 from fast_essl.photonics.store import CellFile, Split
-from fast_essl.photonics.solver import SolverConfig
 from fast_essl.transformations import build_transformation
 
 CELLS = torch.arange(40 * 1024, dtype=torch.float32).view(40, 32, 32)
@@ -119,7 +119,7 @@ def test_the_loader_goes_through_all_cells_and_takes_up_an_epoch_anywhere():
     resumed = next(loader.epoch(3, start_step=1))
     assert torch.equal(resumed.images[0], batches[1].images[0]) and (resumed.words == batches[1].words).all()
     assert not torch.equal(batches[0].indices, next(loader.epoch(4)).indices)
-    with pytest.raises(ConfigError, match="train.batch_size = 21: must be at most the 20 cells"):
+    with pytest.raises(ConfigError, match=r"train\.batch_size = 21: must be at most the 20 cells"):
         CellLoader(file().splits["pretrain"].permittivity, batch_size=21, seed=1)
 
 
@@ -130,7 +130,7 @@ def test_a_source_makes_two_views_and_all_copies():
     assert [tuple(view.shape) for view in views.views] == [(8, 1, 32, 32)] * 2
     assert not torch.equal(*views.views)
     levels = as_images(batch.images[0])
-    assert 0 <= levels.min() and levels.max() <= 1
+    assert levels.min() >= 0 and levels.max() <= 1
     assert torch.equal(views.transformed[:8], levels)
     assert torch.equal(views.transformed[24:], levels.roll((16, 16), (2, 3)))
     assert views.transformed_labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8 + [3] * 8
