@@ -21,7 +21,7 @@ from record import machine_facts, write_record
 HERE = Path(__file__).resolve().parent
 BENCHMARKS = {
     "views": ["views.py", "--device", "cuda"],
-    "kernels": ["kernels.py", "--device", "cuda"],
+    "kernels": ["kernels.py"],
     "step": ["step.py", "e_simclr_imagenet", "--batch-size", "256"],
 }
 QUICK = {"step": ["step.py", "e_simclr_cifar10", "--batch-size", "512", "--steps", "5"]}

@@ -22,6 +22,8 @@ RUN_ONLY_FIELDS = frozenset(
         "data.test",
         "data.train",
         "data.num_workers",
+        "head.layer_norm",
+        "method.contrastive_backend",
         "train.max_steps",
         "train.device",
         "train.num_threads",

@@ -81,7 +81,7 @@ class ModelConfig:
     backbone: Literal["resnet10", "resnet18", "resnet50"] = "resnet18"
     """Architecture of the backbone (He et al., 2016); resnet10 has one block a stage."""
     width: int = 64
-    """Channels of the first stage; the paper's ResNets have 64."""
+    """Channels of the first stage, 8 or more; the paper's ResNets have 64."""
     stem: Literal["cifar", "imagenet"] = "cifar"
     """`cifar`: 3×3 convolution, no max-pool; `imagenet`: 7×7 of stride 2, then a 3×3 max-pool."""
     zero_init_residual: bool = False
@@ -98,6 +98,9 @@ class ModelConfig:
     """Width of SimSiam's predictor (official release: 512)."""
 
     def __post_init__(self) -> None:
+        # With fewer channels the shortcuts' gradients overrun their memory: oneDNN's AVX2 kernel of a strided 1×1
+        # convolution, channels-last, in torch 2.13. On processors with AVX-512 it is another kernel.
+        _require(self, "width", self.width >= 8, "8 or more")
         for field_ in fields(self):
             if field_.type == "int":
                 _require(self, field_.name, getattr(self, field_.name) >= 1, "1 or more")
@@ -113,6 +116,8 @@ class HeadConfig:
     """Width of the hidden layers."""
     bottleneck: int = 128
     """Width before the logits of the `imagenet` head (official release: 128 for SimCLR, 256 for the others)."""
+    layer_norm: Literal["torch", "triton", "apex"] = "torch"
+    """Whose LayerNorm: torch's, the fused kernels with ReLU and loss (CUDA), or apex's `FusedLayerNorm` (CUDA)."""
 
     def __post_init__(self) -> None:
         for name in ("hidden", "bottleneck"):
@@ -127,6 +132,8 @@ class MethodConfig:
     """The SSL method; with an equivariance weight above 0 it is its E-SSL variant."""
     contrastive_loss: Literal["info_nce", "nt_xent"] = "info_nce"
     """SimCLR's loss: cross-view negatives alone (the paper's), or all others of the batch (Chen et al., 2020)."""
+    contrastive_backend: Literal["torch", "triton"] = "torch"
+    """Whose InfoNCE: torch's, or the fused kernel, which keeps no similarities in memory (CUDA)."""
     temperature: float = 0.5
     """Temperature of the contrastive loss (paper: 0.5 on CIFAR-10, 0.2 on ImageNet)."""
     off_diagonal_weight: float = 0.0051
@@ -137,6 +144,12 @@ class MethodConfig:
     """Whether to train a linear classifier on detached features beside the method (the paper's ImageNet runs)."""
 
     def __post_init__(self) -> None:
+        _require(
+            self,
+            "contrastive_backend",
+            self.contrastive_backend == "torch" or self.contrastive_loss == "info_nce",
+            "'torch' with contrastive_loss = 'nt_xent'",
+        )
         _require(self, "temperature", 0 < self.temperature < float("inf"), "above 0")
         _require(self, "off_diagonal_weight", 0 <= self.off_diagonal_weight < float("inf"), "0 or more")
         _require(self, "equivariance_weight", 0 <= self.equivariance_weight < float("inf"), "0 or more")

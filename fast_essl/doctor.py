@@ -15,8 +15,10 @@ import numba
 import torch
 from torch import nn
 
-from fast_essl.config import Config, DataConfig, OptimizerConfig, ViewsConfig
+from fast_essl.config import Config, ConfigError, DataConfig, OptimizerConfig, ViewsConfig
 from fast_essl.evaluate_run import resolve_device
+from fast_essl.kernels import require_kernels
+from fast_essl.nvidia_apex import is_nvidias
 from fast_essl.optim import build_optimizer
 from loaders.beton import IMAGE_RAW, read_tables
 from loaders.errors import DataError
@@ -36,9 +38,9 @@ _PACKAGES = (
     ("DALI", "the optional loader `dali`", _DALI_WHEELS, _DALI),
     (
         "apex",
-        "optimizer.backend = 'apex'",
+        "optimizer.backend = 'apex', head.layer_norm = 'apex'",
         ("apex",),
-        "built from https://github.com/NVIDIA/apex; PyPI's is another",
+        "built from https://github.com/NVIDIA/apex (the package called apex on PyPI is another project)",
     ),
 )
 _NEEDED = ("ffcv", "cv2")
@@ -86,7 +88,10 @@ def installed() -> list[Finding]:
     ]
     for name, purpose, distributions, how in _PACKAGES:
         version = next(filter(None, map(_version, distributions)), None)
-        if version is not None:
+        if version is not None and name == "apex" and not is_nvidias():
+            text = f"{version} is PyPI's project of that name, not NVIDIA's; NVIDIA's is {how}"
+            found.append(Finding(subject=name, text=text))
+        elif version is not None:
             found.append(Finding(subject=name, text=f"{version}, {purpose}"))
         else:
             found.append(Finding(subject=name, text=f"missing ({purpose}): {how}", good=name not in _NEEDED))
@@ -129,6 +134,7 @@ def would_be_used() -> list[Finding]:
         _view_stage(config.data.view_stage, device),
         Finding(subject="device", text=f"{device.type}: what `{config.train.device}` takes here"),
         Finding(subject="precision", text=precision),
+        *_losses(config, device),
         _optimizer(device),
         _threading_layer(),
     ]
@@ -163,6 +169,22 @@ def _dali() -> list[Finding]:
     except (ImportError, OSError) as error:
         return [Finding(subject="loader dali", text=f"cannot be imported ({' '.join(str(error).split())})")]
     return [Finding(subject="loader dali", text=f"decoder {decoder}: what `auto` takes here, if asked for")]
+
+
+def _losses(config: Config, device: torch.device) -> list[Finding]:
+    """Who computes the prediction head and InfoNCE, and whether the fused kernels could."""
+    found = []
+    for subject, setting, chosen in (
+        ("head", "head.layer_norm", config.head.layer_norm),
+        ("InfoNCE", "method.contrastive_backend", config.method.contrastive_backend),
+    ):
+        try:
+            require_kernels(setting, device)
+            fused = f"the fused kernels run here, with --{setting} triton"
+        except ConfigError as error:
+            fused = str(error).partition("; ")[0]
+        found.append(Finding(subject=subject, text=f"{chosen}: the default; {fused}"))
+    return found
 
 
 def _optimizer(device: torch.device) -> Finding:

@@ -51,6 +51,21 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(logits.masked_fill(itself, float("-inf")), torch.cat([own + len(all1), own]))
 
 
+def classification(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy, nats, and accuracy of (M, C) logits against (M,) int64 labels; at least in fp32.
+
+    Returns: (loss, accuracy), scalars; no gradient passes the accuracy.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    accuracy = (logits.detach().argmax(dim=1) == labels).float().mean()
+    return F.cross_entropy(logits, labels), accuracy
+
+
+def block_labels(num_rows: int, num_classes: int, device: torch.device) -> Tensor:
+    """(num_rows,) int64 labels of block order: 0, …, 0, 1, …, 1, …"""
+    return torch.arange(num_classes, device=device).repeat_interleave(num_rows // num_classes)
+
+
 def negative_cosine(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
     """SimSiam's loss: each view's prediction against the other's embedding, which no gradient reaches.
 

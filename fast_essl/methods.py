@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fast_essl.config import Config, MethodConfig, ModelConfig
-from fast_essl.heads import prediction_head, predictor, projector
-from fast_essl.losses import barlow_twins, info_nce, negative_cosine, nt_xent
+from fast_essl.heads import PredictionHead, prediction_head, predictor, projector
+from fast_essl.kernels import require_kernels
+from fast_essl.losses import barlow_twins, classification, info_nce, negative_cosine, nt_xent
 from fast_essl.resnet import ResNet, build_backbone
 from fast_essl.transformations import config_transformations
 from loaders.batch import Views
@@ -42,15 +42,20 @@ class SimCLR(nn.Module):
         super().__init__()
         self.projector = _projector(model, num_features)
         self._temperature = method.temperature
+        self.fused = method.contrastive_backend == "triton"
         self._loss: Callable[[Tensor, Tensor, float], Tensor] = (
             info_nce if method.contrastive_loss == "info_nce" else nt_xent
         )
 
     def forward(self, features1: Tensor, features2: Tensor) -> Tensor:
         """(N, D) features of both views → scalar loss."""
-        # In fp32 whatever the autocast type, here and below: the similarities are exponentiated, the rest is summed.
-        z1, z2 = self.projector(features1).float(), self.projector(features2).float()
-        return self._loss(z1, z2, self._temperature)
+        z1, z2 = self.projector(features1), self.projector(features2)
+        if self.fused:
+            from fast_essl.kernels.info_nce import info_nce_fused
+
+            return info_nce_fused(z1, z2, self._temperature)
+        with _full_precision(z1):
+            return self._loss(z1.float(), z2.float(), self._temperature)
 
 
 class SimSiam(nn.Module):
@@ -65,7 +70,8 @@ class SimSiam(nn.Module):
         """(N, D) features of both views → scalar loss."""
         z1, z2 = self.projector(features1), self.projector(features2)
         p1, p2 = self.predictor(z1), self.predictor(z2)
-        return negative_cosine(p1.float(), p2.float(), z1.float(), z2.float())
+        with _full_precision(z1):
+            return negative_cosine(p1.float(), p2.float(), z1.float(), z2.float())
 
 
 class BarlowTwins(nn.Module):
@@ -78,8 +84,9 @@ class BarlowTwins(nn.Module):
 
     def forward(self, features1: Tensor, features2: Tensor) -> Tensor:
         """(N, D) features of both views → scalar loss."""
-        z1, z2 = self.projector(features1).float(), self.projector(features2).float()
-        return barlow_twins(z1, z2, self._off_diagonal_weight)
+        z1, z2 = self.projector(features1), self.projector(features2)
+        with _full_precision(z1):
+            return barlow_twins(z1.float(), z2.float(), self._off_diagonal_weight)
 
 
 class ESSL(nn.Module, Generic[Backbone]):
@@ -91,7 +98,7 @@ class ESSL(nn.Module, Generic[Backbone]):
         ssl: SimCLR | SimSiam | BarlowTwins,
         *,
         equivariance_weight: float,
-        head: nn.Module | None = None,
+        head: PredictionHead | None = None,
         online_classifier: nn.Module | None = None,
     ) -> None:
         """Put the parts together; `head` is None for the plain SSL method."""
@@ -101,6 +108,13 @@ class ESSL(nn.Module, Generic[Backbone]):
         self.head = head
         self.online_classifier = online_classifier
         self.equivariance_weight = equivariance_weight
+
+    def check(self, device: torch.device) -> None:
+        """Errors: `ConfigError` for a kernel that is asked for and does not run on the device."""
+        if self.head is not None:
+            self.head.check(device)
+        if isinstance(self.ssl, SimCLR) and self.ssl.fused:
+            require_kernels("method.contrastive_backend", device)
 
     def constant_rate_parameters(self) -> list[nn.Parameter]:
         """The predictor's, whose learning rate no schedule lowers (SimSiam paper, section 4.3)."""
@@ -115,15 +129,18 @@ class ESSL(nn.Module, Generic[Backbone]):
         if self.head is not None:
             if views.transformed is None or views.transformed_labels is None:
                 raise ValueError("equivariance_weight is above 0, but the batch has no transformed copies")
-            logits = self.head(self.backbone(views.transformed)).float()
-            equivariance_loss = F.cross_entropy(logits, views.transformed_labels)
-            equivariance_accuracy = _accuracy(logits, views.transformed_labels)
+            # With all copies of each sample there, the labels follow from the position, and no kernel reads them.
+            complete = len(views.transformed) == self.head.num_classes * len(views.labels)
+            equivariance_loss, equivariance_accuracy = self.head.loss(
+                self.backbone(views.transformed), None if complete else views.transformed_labels
+            )
             loss = loss + self.equivariance_weight * equivariance_loss
             equivariance_loss = equivariance_loss.detach()
         if self.online_classifier is not None:
-            logits = self.online_classifier(features1.detach()).float()
-            online_accuracy = _accuracy(logits, views.labels)
-            loss = loss + F.cross_entropy(logits, views.labels)
+            online_loss, online_accuracy = classification(
+                self.online_classifier(features1.detach()), views.labels
+            )
+            loss = loss + online_loss
         return MethodOutput(
             loss=loss,
             ssl_loss=ssl_loss.detach(),
@@ -162,6 +179,7 @@ def build_method(config: Config, *, num_classes: int) -> ESSL[ResNet]:
             form=config.head.form,
             num_classes=equivariance.num_elements,
             bottleneck=config.head.bottleneck,
+            backend=config.head.layer_norm,
         )
     if method.online_classifier:
         online_classifier = nn.Linear(backbone.num_features, num_classes)
@@ -184,5 +202,6 @@ def _projector(model: ModelConfig, num_features: int) -> nn.Sequential:
     )
 
 
-def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    return (logits.detach().argmax(dim=1) == labels).float().mean()
+def _full_precision(like: Tensor) -> torch.autocast:
+    """The losses are computed in fp32 whatever the autocast type, which would round their matrix products."""
+    return torch.autocast(like.device.type, enabled=False)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fast_essl.config import ConfigError, OptimizerConfig
+from fast_essl.config import OptimizerConfig
+from fast_essl.nvidia_apex import fused_sgd_class
 
 
 def build_optimizer(
@@ -55,7 +56,7 @@ def build_optimizer(
         return LARS(groups, lr=rate, momentum=config.momentum, trust_coefficient=config.trust_coefficient)
     on_cuda = all(parameter.is_cuda for parameter in trained)
     if config.backend == "apex":
-        return _fused_sgd_class(on_cuda)(groups, lr=rate, momentum=config.momentum)
+        return fused_sgd_class(on_cuda)(groups, lr=rate, momentum=config.momentum)
     form = {"fused": on_cuda, "foreach": not on_cuda}
     optimizer = torch.optim.SGD(groups, lr=rate, momentum=config.momentum, **form)
 
@@ -132,26 +133,3 @@ class LARS(torch.optim.Optimizer):
         torch._foreach_mul_(velocities, group["momentum"])
         torch._foreach_add_(velocities, updates)
         torch._foreach_add_(parameters, velocities, alpha=-group["lr"])
-
-
-def _fused_sgd_class(on_cuda: bool) -> Callable[..., torch.optim.Optimizer]:
-    """apex's FusedSGD. Errors: `ConfigError` where it cannot be used.
-
-    Its `zero_grad` takes no argument and, as torch's does by itself, sets gradients to None.
-    """
-    if not on_cuda:
-        raise ConfigError("optimizer.backend = 'apex': needs a CUDA device; use 'torch'")
-    try:
-        from apex.multi_tensor_apply import multi_tensor_applier  # type: ignore[import-not-found]
-        from apex.optimizers import FusedSGD  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise ConfigError(
-            f"optimizer.backend = 'apex': NVIDIA's apex cannot be imported ({error}); build it from "
-            "https://github.com/NVIDIA/apex (the package called apex on PyPI is another project), or use 'torch'"
-        ) from None
-    if not multi_tensor_applier.available:
-        raise ConfigError(
-            "optimizer.backend = 'apex': apex was built without its CUDA extensions; build it with them as "
-            "https://github.com/NVIDIA/apex says, or use 'torch'"
-        )
-    return FusedSGD

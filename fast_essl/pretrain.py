@@ -75,6 +75,7 @@ def train(
     `NonFiniteLossError`, `DataError` for a sample that does not decode.
     """
     settings = config.train
+    method.check(device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(run_folder.held(run_dir))
         steps_per_epoch = len(source.loader)

@@ -72,7 +72,7 @@ view2 = { size = 16 }
 transformed = { size = 8 }
 [model]
 backbone = "resnet10"
-width = 4
+width = 8
 projector_hidden = 16
 projector_out = 16
 [head]

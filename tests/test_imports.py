@@ -18,8 +18,11 @@ SOURCES = sorted(path for package in ("fast_essl", "loaders") for path in (ROOT 
 ACCELERATORS = {
     "ffcv": ["loaders/ffcv_loader.py"],
     "nvidia": ["loaders/dali_loader.py"],
-    "apex": ["fast_essl/optim.py"],
-    "triton": ["loaders/views/cuda.py"],
+    "apex": ["fast_essl/nvidia_apex.py"],
+    "triton": [
+        *(path.relative_to(ROOT).as_posix() for path in SOURCES if path.parent.name == "kernels"),
+        "loaders/views/cuda.py",
+    ],
 }
 # From the commands down to the parts: a module imports none of the levels above its own.
 LEVELS = (

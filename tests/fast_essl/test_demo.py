@@ -27,7 +27,7 @@ SMALL = (
         "--data.num_workers",
         "1",
     ),
-    *("--model.width", "4", "--views.eval_size", "8"),
+    *("--model.width", "8", "--views.eval_size", "8"),
 )
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -53,6 +54,34 @@ def test_a_missing_default_is_a_fault_and_an_optional_package_is_not(monkeypatch
     assert found["DALI"].good
     assert "pip install 'fast_essl[dali]'" in found["DALI"].text
     assert "loader dali" not in by_subject(would_be_used())
+
+
+def test_the_other_apex_is_told_from_nvidias(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor_module, "_version", lambda distribution: "0.9")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "apex").mkdir()
+    for file, text in (
+        ("__init__.py", "not NVIDIA's"),
+        ("normalization.py", "0.9, optimizer.backend = 'apex'"),
+    ):
+        (tmp_path / "apex" / file).touch()
+        sys.modules.pop("apex", None)
+        importlib.invalidate_caches()
+        assert text in by_subject(installed())["apex"].text
+    sys.modules.pop("apex", None)
+
+
+def test_who_computes_head_and_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    for interpret, text in (
+        (False, "needs a CUDA device"),
+        (True, "the fused kernels run here, with --head"),
+    ):
+        monkeypatch.setattr(triton.knobs.runtime, "interpret", interpret)
+        found = by_subject(would_be_used())
+        if not torch.cuda.is_available():
+            assert found["head"].text.startswith("torch: the default") and text in found["head"].text
+        assert found["InfoNCE"].text.startswith("torch: the default")
 
 
 def test_where_dali_would_decode() -> None:

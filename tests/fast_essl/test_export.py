@@ -128,7 +128,7 @@ def test_the_metadata_tells_what_the_file_is(run_dir, tmp_path):
     export_backbone(tmp_path / "theirs.pth", tmp_path / "theirs.safetensors")
     common = {"format": "pt", "version": __version__}
     for name, expected in (
-        ("run", {"architecture": "resnet10", "width": "4", "stem": "cifar", "step": "3"}),
+        ("run", {"architecture": "resnet10", "width": "8", "stem": "cifar", "step": "3"}),
         ("theirs", {"architecture": "resnet18", "width": "8", "stem": "imagenet"}),
     ):
         with safetensors.safe_open(tmp_path / f"{name}.safetensors", "pt") as file:

@@ -220,7 +220,7 @@ def test_another_network_is_named(tmp_path, run_dir):
     ):
         load_backbone(build_backbone("resnet10", width=4), tmp_path / "a.pth")
     with pytest.raises(ConfigError, match=r"layer1\.1\.conv1\.weight is missing there.* tensors more"):
-        load_backbone(build_backbone("resnet18", width=4), run_dir)
+        load_backbone(build_backbone("resnet18", width=8), run_dir)
 
 
 @pytest.mark.parametrize("backbone", ["resnet10", "resnet18", "resnet50"])

@@ -147,3 +147,20 @@ def test_the_projector_ends_as_configured(tiny_config, norm, last):
     assert type(layers[-1]).__name__ == last and len(layers) == (7 if norm == "none" else 8)
     if norm != "none":
         assert layers[-1].affine == (norm == "affine")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_losses_are_computed_in_fp32_under_autocast(tiny_config, name):
+    """Autocast would round their matrix products, the similarities of InfoNCE among them, to bf16."""
+    method, views = build(tiny_config, name, "--method.equivariance-weight", "0"), batch()
+    embeddings = []
+    for module in (method.ssl.projector, *([method.ssl.predictor] if name == "simsiam" else [])):
+        module.register_forward_hook(lambda _, inputs, output: embeddings.append(output.detach().float()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = method(views).ssl_loss
+    if name == "simsiam":
+        z1, z2, p1, p2 = embeddings
+        expected = negative_cosine(p1, p2, z1, z2)
+    else:
+        expected = barlow_twins(*embeddings, 0.0051) if name == "barlow_twins" else info_nce(*embeddings, 0.5)
+    assert loss.dtype is torch.float32 and torch.equal(loss, expected)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import fast_essl.pretrain as pretrain_module
+import fast_essl.source as source_module
 from fast_essl import run_folder
 from fast_essl.checkpoint import load_file
 from fast_essl.config import Config, ConfigError
@@ -39,7 +40,7 @@ def _lines(run_dir: Path) -> list[dict[str, Any]]:
 
 def _before_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[Any], Any]) -> None:
     """Have `action` replace the views of the `step`-th step of the next run, counted from 1."""
-    resolve = pretrain_module.resolve_view_stage
+    resolve = source_module.resolve_view_stage
     num_calls = 0
 
     def resolve_with_action(*args: Any) -> Callable[..., Any]:
@@ -53,7 +54,7 @@ def _before_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[A
 
         return make_views_with_action
 
-    monkeypatch.setattr(pretrain_module, "resolve_view_stage", resolve_with_action)
+    monkeypatch.setattr(source_module, "resolve_view_stage", resolve_with_action)
 
 
 def _with_nan(views: Any) -> Any:
@@ -213,8 +214,8 @@ def test_weights_that_are_not_finite_are_never_saved(
 
 def test_another_configuration_or_dataset_is_refused(tiny_config: Path, tmp_path: Path) -> None:
     pretrain(_config(tiny_config, "--train.max-steps 2"), tmp_path, show_progress=False)
-    with pytest.raises(ConfigError, match=r"model\.width = 4 there and 8 now"):
-        pretrain(_config(tiny_config, "--model.width 8"), tmp_path, show_progress=False)
+    with pytest.raises(ConfigError, match=r"model\.width = 8 there and 16 now"):
+        pretrain(_config(tiny_config, "--model.width 16"), tmp_path, show_progress=False)
     other = tiny_config.parent / "other.beton"
     with pytest.raises(DataError, match=r"other images than .*other\.beton"):
         pretrain(_config(tiny_config, f"--data.train {other}"), tmp_path, show_progress=False)

@@ -220,7 +220,7 @@ def test_wrong_input_is_said_before_training(function, run_dir, tmp_path):
     with pytest.raises(ConfigError, match="no run with a checkpoint"):
         quiet(function, tmp_path, [])
     with pytest.raises(ConfigError, match="leave \\[model\\] as it is"):
-        quiet(function, run_dir, ["--model.width", "8"])
+        quiet(function, run_dir, ["--model.width", "16"])
     with pytest.raises(ConfigError, match="batch_size = 64: there are only 34 samples"):
         quiet(probe_run, run_dir, [*PROBE, "--probe.batch-size", "64"])
     assert not list(Path(tmp_path).iterdir())
