@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fast_essl.config import ModelConfig
-from fast_essl.heads import projector
+from fast_essl.heads import PredictionHead, projector
 from fast_essl.methods import ESSL, SimCLR
 from fast_essl.photonics.config import CellModelConfig, PhotonicsConfig
 from fast_essl.photonics.dos import NUM_PREDICTED
@@ -96,11 +96,12 @@ def build_cell_method(config: PhotonicsConfig) -> ESSL[CellNet]:
     # Made last: a method and its E-SSL variant start from the same backbone and projector for the same seed.
     if equivariance is not None:
         # The official release's head has the projector's form.
-        head = projector(
+        layers = projector(
             backbone.num_features,
             hidden=model.projector_hidden,
             out=equivariance.num_elements,
             num_layers=NUM_LAYERS,
             norm="none",
         )
+        head = PredictionHead(*layers, backend="torch")
     return ESSL(backbone, ssl, equivariance_weight=config.method.equivariance_weight, head=head)
