@@ -57,8 +57,6 @@ def main() -> None:
         "plane_waves": {"reference": [FINEST_ORDER, STANDARD_MESH, "fp64"], "values": waves},
         "k_mesh": {"reference": [STANDARD_ORDER, FINEST_MESH, "fp32"], "values": meshes},
     }
-    for value in (*waves, *meshes):
-        print(value)
     path = write_record(SUBJECT, results, facts=facts)
     page = path.with_suffix(".html")
     page.write_text(picture(waves, meshes), encoding="utf-8")
@@ -66,7 +64,7 @@ def main() -> None:
 
 
 def labels(cells: torch.Tensor, order: int, mesh: int, precision: Any) -> tuple[np.ndarray, float]:
-    """The densities of states, and seconds a cell on one thread."""
+    """The densities of states, and the seconds a cell on one thread, which are printed and not recorded."""
     solver = SolverConfig(plane_wave_order=order, k_mesh=mesh, precision=precision)
     labels_of(cells[:1], SolverConfig(plane_wave_order=1, k_mesh=4))  # compiles
     started = time.perf_counter()
@@ -81,14 +79,15 @@ def measured(
     dos, seconds = labels(cells, order, mesh, precision)
     pairs = zip(torch.from_numpy(dos), torch.from_numpy(finest), strict=True)
     errors = [float(dos_error(a[None, :NUM_PREDICTED], b[None, :NUM_PREDICTED])) for a, b in pairs]
-    return {
+    result = {
         "num_plane_waves": (2 * order + 1) ** 2,
         "k_mesh": mesh,
         "precision": precision,
         "mean_error": float(np.mean(errors)),
         "max_error": float(np.max(errors)),
-        "s_per_cell": round(seconds, 4),
     }
+    print(result, f"{seconds:.3f} s a cell")
+    return result
 
 
 def picture(waves: list[dict[str, Any]], meshes: list[dict[str, Any]]) -> str:
