@@ -7,15 +7,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import os
 import signal
 import statistics
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import FrameType
 from typing import Any, get_args
 
 from fast_essl.evaluate_run import resolve_device
@@ -26,6 +30,7 @@ from fast_essl.photonics.generate import generate
 from fast_essl.photonics.model import build_cell_method
 from fast_essl.photonics.pretrain import pretrain_cells
 from fast_essl.photonics.store import CellFile
+from loaders.errors import DataError
 
 RESULTS = "study.json"
 METRICS = ("test_error", "validation_error")
@@ -144,17 +149,68 @@ def _all_run(
         return
     # Two progress bars would write over each other: the study tells of finished runs instead.
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context) as pool:
-        futures: dict[Future[None], Path] = {
-            pool.submit(run_chain, *task, show_progress=False): task[2] for task in tasks
-        }
+    context.set_forkserver_preload([__name__])
+    waiting, running = tasks[::-1], dict[Connection, tuple[BaseProcess, Path]]()
+    with _sigterm_raises():
         try:
-            for future in as_completed(futures):
-                future.result()
-                yield futures[future]
-        except BaseException:
-            pool.shutdown(cancel_futures=True, wait=False)
-            raise
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    task = waiting.pop()
+                    ours, theirs = context.Pipe(duplex=False)
+                    process = context.Process(target=_run_and_tell, args=(theirs, *task), daemon=True)
+                    process.start()
+                    theirs.close()
+                    running[ours] = process, task[2]
+                for connection in wait(list(running)):
+                    assert isinstance(connection, Connection)
+                    _raise_what_it_tells(connection, running[connection][1])
+                    yield running.pop(connection)[1]
+        finally:
+            for unfinished, _ in running.values():
+                unfinished.terminate()  # a run that pretrains saves a checkpoint first
+            for unfinished, _ in running.values():
+                unfinished.join()
+
+
+def _run_and_tell(connection: Connection, config: PhotonicsConfig, row: Row, run_dir: Path) -> None:
+    """Run a chain in a process of its own, and send its error or None."""
+    # Ctrl-C goes to all processes of the terminal; the first process alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    error: Exception | None = None
+    try:
+        run_chain(config, row, run_dir, show_progress=False)
+    except Exception as raised:
+        error = raised
+    connection.send(error)
+
+
+def _raise_what_it_tells(connection: Connection, run_dir: Path) -> None:
+    try:
+        error = connection.recv()
+    except EOFError:
+        raise DataError(
+            f"{run_dir}: its process died (killed, or out of memory): --study.workers 1 shows where; the same "
+            "command continues"
+        ) from None
+    if error is not None:
+        raise error
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM as an exception, so that what this process has started is stopped, too."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _spreads(row_dir: Path, num_labels: int, seeds: tuple[int, ...]) -> dict[str, Any]:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +194,31 @@ def test_the_study_runs_the_whole_chain_and_takes_what_is_there(smoke, tmp_path,
     )
     assert again == result and table(result) in shown
     assert files == {path: path.stat().st_mtime_ns for path in files}
+
+
+def test_a_study_that_is_stopped_stops_its_runs_with_a_checkpoint(smoke, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "fast_essl", "photonics", "study", "--preset", "smoke"]
+    command += [
+        "--data.file",
+        str(smoke.data.file),
+        "--out",
+        "out",
+        "--study.workers",
+        "2",
+        "--study.seeds",
+        "0",
+    ]
+    study = subprocess.Popen([*command, "--train.epochs", "100000"], cwd=tmp_path)
+    metrics = tmp_path / "out" / "simclr" / "seed0" / run_folder.METRICS
+    for _ in range(1200):
+        if metrics.exists() and metrics.stat().st_size:
+            break
+        time.sleep(0.1)
+    study.terminate()
+    assert study.wait(60) == 128 + signal.SIGTERM
+    with open(metrics.parent / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # given only once no process trains there
+    assert torch.load(metrics.parent / run_folder.CHECKPOINT, weights_only=True)["step"] > 0
 
 
 def test_generate_pretrain_and_finetune_are_commands(smoke, tmp_path, monkeypatch, capsys):
