@@ -2,7 +2,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# Options: PYTHON chooses the interpreter of `setup`, ARGS go to `run`, TESTARGS to `test`.
+# Options: PYTHON chooses the interpreter of `setup`, ARGS go to `run` and `bench`, TESTARGS to `test`.
 ARGS ?=
 TESTARGS ?=
 export PYTHON
@@ -17,7 +17,7 @@ help:
 	@echo 'make test    the tests (TESTARGS=...)'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make gpu-check   on a machine with a GPU: its tests and benchmarks, as one record'
-	@echo 'make bench   how fast the loaders and view stages are on this machine'
+	@echo 'make bench   how fast each room of a run is here, what limits it (ARGS=...), and the loaders beside their peers'
 
 setup: $(READY)
 
@@ -39,8 +39,8 @@ lint: $(READY)
 	@$(BIN)/mypy
 
 bench: $(READY)
+	@$(BIN)/fast-essl bench all $(ARGS)
 	@$(BIN)/python benchmarks/peers.py
-	@$(BIN)/python benchmarks/views.py
 
 gpu-check: $(READY)
 	@$(BIN)/python benchmarks/gpu_check.py

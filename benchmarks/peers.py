@@ -1,9 +1,9 @@
-"""How fast are the loaders, beside their bound and their peers? In turn, in one run.
+"""How fast are the loaders, beside their bound and their peers? In turn, in one run, with the same number of workers.
 
     python benchmarks/peers.py [IMAGE_FOLDER] [--rounds 5] [--passes 4] [--record]
 
-All rows decode the same photographs with all cores, for the ImageNet recipe of E-SimCLR (2 × 224² bicubic, 1 × 96²
-bilinear). The bound:
+All rows decode the same photographs with one worker a core, for the ImageNet recipe of E-SimCLR (2 × 224² bicubic,
+1 × 96² bilinear). The bound:
 
     decode            libjpeg-turbo alone, accurate DCT, from memory
     decode, fast      the same with the fast, inexact DCT, as stock FFCV decodes
@@ -13,18 +13,18 @@ Crops, uint8 and not augmented:
     ffcv              FFCVLoader: one decode, Pillow's filters
     dali              DALILoader, decoding on the CPU: one decode, crops from the same boxes
     torch             TorchLoader: DataLoader workers and Pillow, one decode
-    stock ffcv        FFCV's own loader and random crop: a decode a crop, fast DCT, OpenCV's area filter, which does not
-                      smooth when it enlarges
+    stock ffcv        FFCV's own loader and random crop: a decode a crop
 
 Views, augmented and normalised, with four rotated copies:
 
     ffcv + views      FFCVLoader, then the numba view stage
-    dali operators    DALI's own random operators from one decode; no solarize, grey by saturation 0, one order of
-                      the jitter for all samples
-    torch + Pillow    DataLoader workers that decode, crop and augment with Pillow, as the official release does
+    dali operators    DALI's own random operators from one decode
+    official style    what the official release does with torchvision, written out with Pillow: DataLoader workers open
+                      an image file, decode it once, and crop and augment it three times; the batch is rotated when it
+                      is there
 
-Every row runs in each round, the rounds are repeated, and the medians over rounds are told with their range. What is
-not installed is said and left out. Without IMAGE_FOLDER, patches of scikit-learn's two photographs serve.
+Every row runs in each round, the rounds are repeated, and the medians over rounds are told with their range and with
+what sets the row's pixels apart. What is not installed is listed as such. Without IMAGE_FOLDER, photographs are made.
 """
 
 from __future__ import annotations
@@ -42,21 +42,18 @@ import numba
 import numpy as np
 import torch
 from ffcv.libffcv import imdecode
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from official_style import official_epoch
 from record import machine_facts, write_record
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from fast_essl.bench.loading import Stored, decode_all, load_stored
+from fast_essl.bench.synthetic import repeat_files, write_jpegs
 from fast_essl.transformations import build_transformation
 from loaders import open_loader
-from loaders.beton import IMAGE_JPEG
 from loaders.convert import convert
-from loaders.cut import decode_jpeg
 from loaders.errors import DataError
-from loaders.images import BetonImages, open_beton
-from loaders.plan import EpochPlan
+from loaders.images import BetonImages, open_beton, open_folder
 from loaders.recipe import Recipe
-from loaders.torch_loader import pillow_crop
 from loaders.views.cpu import make_views
 
 VIEW = {"size": 224, "scale": (0.08, 1.0), "saturation": 0.2}
@@ -66,6 +63,20 @@ RECIPES = (
     Recipe(size=96, scale=(0.05, 0.14), interpolation="bilinear", saturation=0.2, blur_p=0.1),
 )
 BATCH_SIZE = 64
+NUM_WORKERS = len(os.sched_getaffinity(0))
+NUM_PHOTOGRAPHS = 256
+PIXELS = {
+    "decode": "accurate DCT, as Pillow",
+    "decode, fast": "fast DCT: off by 1.2 levels a pixel",
+    "ffcv": "as Pillow, within a level",
+    "dali": "as Pillow, but at some borders",
+    "torch": "Pillow's",
+    "stock ffcv": "fast DCT; area filter, which does not smooth what it enlarges",
+    "ffcv + views": "as Pillow, within a level",
+    "dali operators": "no solarize, grey by saturation 0, one order of the jitter for all",
+    "official style": "Pillow's, jitter and blur rounded to levels after each step",
+}
+"""How the rows' pixels differ."""
 ROTATION = build_transformation("four_fold_rotation", size=96)
 
 
@@ -80,89 +91,60 @@ def main() -> None:
     arguments = parser.parse_args()
     # Importing FFCV left torch and numba with one thread.
     numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(NUM_WORKERS)
     facts = machine_facts()
     with tempfile.TemporaryDirectory() as scratch:
-        source = arguments.folder or _patches(Path(scratch) / "patches")
-        beton = _repeated(source, Path(scratch), arguments.passes)
-        rows = _rows(open_beton(beton))
+        source = arguments.folder or write_jpegs(Path(scratch) / "made", NUM_PHOTOGRAPHS)
+        folder = repeat_files(source, Path(scratch) / "repeated", arguments.passes)
+        images = _converted(folder)
+        rows, missing = _rows(images, folder)
         results = _measure(rows, arguments.rounds)
-        num_samples = open_beton(beton).tables.num_samples
-    _print(results)
+    _print(results, missing)
     if arguments.record:
-        results = {"num_samples": num_samples, "source": source.name, "samples_per_s": results}
-        print(write_record("peers", results, facts=facts))
+        content = {
+            "num_samples": images.tables.num_samples,
+            "source": source.name,
+            "num_workers": NUM_WORKERS,
+            "samples_per_s": results,
+            "pixels": PIXELS,
+            "not_installed": missing,
+        }
+        print(write_record("peers", content, facts=facts))
 
 
-def _patches(folder: Path) -> Path:
-    """200 patches of 500×375 of scikit-learn's two photographs, JPEG quality 92."""
-    from sklearn.datasets import load_sample_images
-
-    random = np.random.default_rng(0)
-    for number in range(200):
-        photo = load_sample_images().images[number % 2]
-        top, left = random.integers(photo.shape[0] - 375 + 1), random.integers(photo.shape[1] - 500 + 1)
-        directory = folder / f"photo{number % 2}"
-        directory.mkdir(parents=True, exist_ok=True)
-        patch = Image.fromarray(photo[top : top + 375, left : left + 500])
-        patch.save(directory / f"{number:03}.jpg", quality=92)
-    return folder
-
-
-def _repeated(source: Path, scratch: Path, passes: int) -> Path:
-    """A `.beton` file with each photograph several times, so that an epoch is long beside its start."""
-    folder = scratch / "repeated"
-    for file in sorted(source.rglob("*")):
-        if file.is_file():
-            for number in range(passes):
-                link = folder / file.parent.name / f"{number}-{file.name}"
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(file.resolve())
-    beton = scratch / "photographs.beton"
+def _converted(folder: Path) -> BetonImages:
+    beton = folder.with_suffix(".beton")
     convert(str(folder), beton, progress=False)
-    return beton
+    return open_beton(beton)
 
 
-def _rows(images: BetonImages) -> dict[str, Callable[[int], int]]:
-    """{name: function of the round that loads one epoch and returns its number of samples}."""
-    tables = images.tables
-    file = np.memmap(images.path, np.uint8, mode="r")
-    stored = numba.typed.List()
-    for start, size in zip(tables.data_ptrs, tables.data_sizes, strict=True):
-        stored.append(np.array(file[int(start) : int(start + size)]))
-    assert (tables.modes == IMAGE_JPEG).all()
-    heights, widths = tables.heights.astype(np.int64), tables.widths.astype(np.int64)
-    options = {"batch_size": BATCH_SIZE, "drop_last": False}
+def _rows(images: BetonImages, folder: Path) -> tuple[dict[str, Callable[[int], int]], dict[str, str]]:
+    """{name: function of the round that loads one epoch and returns its number of samples}, {what is missing: why}."""
+    stored = load_stored(images, np.arange(images.tables.num_samples))
+    options = {"batch_size": BATCH_SIZE, "drop_last": False, "num_workers": NUM_WORKERS}
     ffcv = open_loader("ffcv", images.path, RECIPES, **options)
     reference = open_loader("torch", images.path, RECIPES, **options)
+    official = open_folder(folder)
+    missing = {}
     try:
         dali = open_loader("dali", images.path, RECIPES, decoder="cpu", **options)
     except DataError as error:
-        print(f"without the row `dali`: {error}")
         dali = None
+        missing = dict.fromkeys(("dali", "dali operators"), str(error))
 
     def count(batches) -> int:
         return sum(len(batch.labels) for batch in batches)
 
     def decode(epoch: int) -> int:
-        assert _decode_all(stored, heights, widths) == 0
-        return len(stored)
+        assert decode_all(stored.data, stored.starts, stored.sizes, stored.heights, stored.widths) == 0
+        return stored.num_samples
 
     def decode_fast(epoch: int) -> int:
-        assert _decode_all_fast(stored, heights, widths) == 0
-        return len(stored)
+        assert _decode_all_fast(stored.data, stored.starts, stored.sizes, stored.heights, stored.widths) == 0
+        return stored.num_samples
 
     def ffcv_views(epoch: int) -> int:
         return count(make_views(crops, RECIPES, equivariance=ROTATION) for crops in ffcv.epoch(epoch))
-
-    def pillow(epoch: int) -> int:
-        batches = DataLoader(
-            _PillowViews(images, reference.plan, epoch),
-            batch_size=BATCH_SIZE,
-            num_workers=os.cpu_count() or 1,
-            multiprocessing_context="fork",
-        )
-        return sum(len(batch[0]) for batch in batches)
 
     rows = {
         "decode": decode,
@@ -173,9 +155,11 @@ def _rows(images: BetonImages) -> dict[str, Callable[[int], int]]:
         "stock ffcv": _stock_ffcv(images.path),
         "ffcv + views": ffcv_views,
         "dali operators": _dali_operators(stored) if dali is not None else None,
-        "torch + Pillow": pillow,
+        "official style": lambda epoch: official_epoch(
+            official, RECIPES, epoch, batch_size=BATCH_SIZE, num_workers=NUM_WORKERS
+        ),
     }
-    return {name: load for name, load in rows.items() if dali is not None or "dali" not in name}
+    return {name: load for name, load in rows.items() if name not in missing}, missing
 
 
 def _stock_ffcv(path: Path) -> Callable[[int], int]:
@@ -198,7 +182,7 @@ def _stock_ffcv(path: Path) -> Callable[[int], int]:
     loader = Loader(
         str(path),
         batch_size=BATCH_SIZE,
-        num_workers=len(os.sched_getaffinity(0)),
+        num_workers=NUM_WORKERS,
         os_cache=True,
         order=OrderOption.RANDOM,
         drop_last=False,
@@ -208,25 +192,26 @@ def _stock_ffcv(path: Path) -> Callable[[int], int]:
     return lambda epoch: sum(len(batch[0]) for batch in loader)
 
 
-def _dali_operators(stored: list[np.ndarray]) -> Callable[[int], int]:
+def _dali_operators(stored: Stored) -> Callable[[int], int]:
     """DALI as it comes: its random operators, on the CPU; each epoch is the photographs in order."""
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
 
     filters = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
-    position = iter(range(len(stored)))
+    spans = list(zip(stored.starts, stored.starts + stored.sizes, strict=True))
+    position = iter(spans)
 
     def next_batch() -> list[np.ndarray]:
         nonlocal position
-        numbers = [number for _, number in zip(range(BATCH_SIZE), position, strict=False)]
-        if not numbers:
-            position = iter(range(len(stored)))
+        batch = [span for _, span in zip(range(BATCH_SIZE), position, strict=False)]
+        if not batch:
+            position = iter(spans)
             raise StopIteration
-        return [stored[number] for number in numbers]
+        return [stored.data[start:stop] for start, stop in batch]
 
     @pipeline_def(
         batch_size=BATCH_SIZE,
-        num_threads=len(os.sched_getaffinity(0)),
+        num_threads=NUM_WORKERS,
         device_id=None,
         prefetch_queue_depth=2,
         seed=0,
@@ -283,70 +268,17 @@ def _dali_operators(stored: list[np.ndarray]) -> Callable[[int], int]:
     return lambda epoch: sum(len(batch[0]["view1"]) for batch in batches)
 
 
-@numba.njit(parallel=True, nogil=True)
-def _decode_all(stored, heights, widths):
-    failed = 0
-    for n in numba.prange(len(stored)):
-        image = np.empty((heights[n], widths[n], 3), np.uint8)
-        failed += decode_jpeg(stored[n], image) != 0
-    return failed
-
-
 _imdecode_fast = numba.njit(nogil=True)(imdecode)
 
 
 @numba.njit(parallel=True, nogil=True)
-def _decode_all_fast(stored, heights, widths):
+def _decode_all_fast(data, starts, sizes, heights, widths):
     failed = 0
-    for n in numba.prange(len(stored)):
+    for n in numba.prange(len(starts)):
         h, w = heights[n], widths[n]
-        image = np.empty((h, w, 3), np.uint8)
-        failed += _imdecode_fast(stored[n], image, h, w, h, w, 0, 0, 1, 1, False, False) != 0
+        image, jpeg = np.empty((h, w, 3), np.uint8), data[starts[n] : starts[n] + sizes[n]]
+        failed += _imdecode_fast(jpeg, image, h, w, h, w, 0, 0, 1, 1, False, False) != 0
     return failed
-
-
-class _PillowViews(Dataset):
-    """The official release's way: every step of the recipe with Pillow and torch, in the worker, from one decode."""
-
-    def __init__(self, images: BetonImages, plan: EpochPlan, epoch: int) -> None:
-        self.images, self.plan, self.epoch = images, plan, epoch
-
-    def __len__(self) -> int:
-        return self.plan.num_samples
-
-    def __getitem__(self, index: int) -> list[torch.Tensor]:
-        table = self.plan.parameters(self.epoch, np.array([index]))
-        image = self.images.image(index)
-        views = []
-        for view, recipe in enumerate(RECIPES):
-            crop = Image.fromarray(pillow_crop(image, table.box[0, view], recipe))
-            crop = _augment_with_pillow(crop, table.view(view).rows(slice(0, 1)))
-            pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1).float().div(255)
-            mean, std = (torch.tensor(values).view(3, 1, 1) for values in (recipe.mean, recipe.std))
-            views.append((pixels - mean) / std)
-        third = views.pop()
-        return [*views, *(torch.rot90(third, k, (1, 2)) for k in range(4))]
-
-
-def _augment_with_pillow(image: Image.Image, row) -> Image.Image:
-    if row.flip[0]:
-        image = ImageOps.mirror(image)
-    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-    for op in row.jitter_order[0]:
-        factor = float(row.jitter[0, op])
-        if op < 3 and factor != 1:
-            image = enhancers[op](image).enhance(factor)
-        elif op == 3 and factor != 0:
-            hue, saturation, value = image.convert("HSV").split()
-            hue = Image.fromarray(np.asarray(hue) + np.uint8(round(factor * 255) % 256))
-            image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-    if row.grey[0]:
-        image = image.convert("L").convert("RGB")
-    if row.blur_sigma[0] > 0:
-        image = image.filter(ImageFilter.GaussianBlur(float(row.blur_sigma[0])))
-    if row.solarize[0]:
-        image = ImageOps.solarize(image)
-    return image
 
 
 def _measure(rows: dict[str, Callable[[int], int]], num_rounds: int) -> dict[str, dict[str, object]]:
@@ -373,22 +305,23 @@ def _measure(rows: dict[str, Callable[[int], int]], num_rounds: int) -> dict[str
     }
 
 
-def _print(results: dict[str, dict[str, object]]) -> None:
-    print(f"{'':16}{'samples/s':>11}{'range':>18}{'× decode':>10}")
+def _print(results: dict[str, dict[str, object]], missing: dict[str, str]) -> None:
+    print(f"{NUM_WORKERS} workers{'':7}{'samples/s':>11}{'range':>18}{'× decode':>10}  pixels")
     for name, row in results.items():
         spread = f"{row['min']} – {row['max']}"
-        print(f"{name:16}{row['median']:>11}{spread:>18}{row['median_ratio_to_decode']:>10}")
+        print(f"{name:16}{row['median']:>11}{spread:>18}{row['median_ratio_to_decode']:>10}  {PIXELS[name]}")
+    for name, why in missing.items():
+        print(f"{name:16}not installed: {why}")
     rates = {name: row["median"] for name, row in results.items()}
-    print(f"ffcv is {results['ffcv']['median_ratio_to_decode']} × decode", end="")
     for one, other in (
+        ("ffcv", "official style"),
         ("ffcv", "stock ffcv"),
-        ("ffcv", "torch + Pillow"),
-        ("ffcv + views", "torch + Pillow"),
+        ("ffcv", "dali"),
+        ("ffcv + views", "official style"),
         ("ffcv + views", "dali operators"),
     ):
         if other in rates:
-            print(f"; {one} is {rates[one] / rates[other]:.2f} × {other}", end="")
-    print()
+            print(f"{one} is {rates[one] / rates[other]:.2f} × {other}")
 
 
 if __name__ == "__main__":

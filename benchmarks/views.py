@@ -15,25 +15,20 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numba
-import numpy as np
 import torch
 from record import machine_facts, write_record
-from sklearn.datasets import load_sample_images
 from tqdm import tqdm
 
+from fast_essl.bench.measuring import summary, timed
+from fast_essl.bench.synthetic import make_crops
 from fast_essl.staging import to_device
 from fast_essl.transformations import build_transformation
-from loaders.batch import Crops
-from loaders.parameters import draw_parameters
 from loaders.recipe import Recipe
 
 
@@ -167,68 +162,16 @@ def measure(
 ) -> dict[str, list[float]]:
     """{workload, stage: milliseconds a batch, one a round}."""
     make_views = {stage: importlib.import_module(f"loaders.views.{stage}").make_views for stage in stages}
-    images = {name: _images(workload) for name, workload in workloads.items()}
     times: dict[str, list[float]] = {f"{name}, {stage}": [] for name in workloads for stage in stages}
     for number in tqdm(range(num_rounds + 1), desc="rounds", unit="round"):
         for name, workload in workloads.items():
-            crops = to_device(_crops(images[name], workload.recipes, epoch=number), device)
+            crops = to_device(make_crops(workload.recipes, workload.batch_size, epoch=number), device)
             options = {"equivariance": ROTATION if workload.rotated else None, "dtype": dtype}
             for stage in stages:
                 took_ms = timed(partial(make_views[stage], crops, workload.recipes, **options), device)
                 if number > 0:
                     times[f"{name}, {stage}"].append(took_ms)
     return times
-
-
-def timed(function: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of a call: by the clock on a CPU, between events on a device."""
-    if device.type == "cpu":
-        started = time.perf_counter()
-        function()
-        return 1000 * (time.perf_counter() - started)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    # Keeps the device busy while the host launches, so that a stage that does not wait is timed without the host.
-    torch.cuda._sleep(20_000_000)
-    start.record()
-    function()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end)
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    """Median, range and number of measurements."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
-
-
-def _images(workload: Workload) -> tuple[torch.Tensor, ...]:
-    """Patches of scikit-learn's two photographs, one batch a recipe."""
-    photos = load_sample_images().images
-    random = np.random.default_rng(0)
-
-    def patch(number: int, size: int) -> np.ndarray:
-        photo = photos[number % 2]
-        top, left = (random.integers(side - size + 1) for side in photo.shape[:2])
-        return photo[top : top + size, left : left + size]
-
-    return tuple(
-        torch.from_numpy(np.stack([patch(number, recipe.size) for number in range(workload.batch_size)]))
-        for recipe in workload.recipes
-    )
-
-
-def _crops(images: tuple[torch.Tensor, ...], recipes: tuple[Recipe, ...], *, epoch: int) -> Crops:
-    indices = np.arange(len(images[0]))
-    sides = np.full(len(indices), 500)
-    return Crops(
-        images=images,
-        labels=torch.from_numpy(indices),
-        indices=torch.from_numpy(indices),
-        parameters=draw_parameters(
-            recipes, seed=0, epoch=epoch, indices=indices, heights=sides, widths=sides
-        ),
-    )
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from fast_essl import __version__
+from fast_essl.bench.cli import add_parser as add_bench
 from fast_essl.config import Config, ConfigError
 from fast_essl.photonics.cli import add_parser as add_photonics
 from loaders.errors import DataError
 
 PRETRAIN_USAGE = "fast-essl pretrain CONFIG [--run-dir DIR] [--section.field VALUE ...]"
 
-TAKE_OVERRIDES = ("pretrain", "evaluate", "probe", "finetune", "study", "demo", "photonics")
+TAKE_OVERRIDES = ("pretrain", "evaluate", "probe", "finetune", "study", "demo", "bench", "photonics")
 """Commands that take `--section.field VALUE`."""
 
 
@@ -178,6 +179,8 @@ def _build_parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "files", nargs="*", type=Path, metavar="FILE.beton", help="tell whether it fits in memory"
     )
+
+    add_bench(commands)
 
     demo = commands.add_parser(
         "demo",

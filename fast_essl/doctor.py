@@ -35,6 +35,7 @@ _PACKAGES = (
     ("ffcv", "the default loader", ("ffcv",), _CHECKOUT),
     ("cv2", "imported by ffcv", ("opencv-python-headless", "opencv-python"), _CHECKOUT),
     ("triton", "view stage and kernels of a GPU", ("triton",), "comes with torch's CUDA build"),
+    ("matplotlib", "the chart of `fast-essl bench`", ("matplotlib",), "pip install 'fast_essl[chart]'"),
     ("DALI", "the optional loader `dali`", _DALI_WHEELS, _DALI),
     (
         "apex",

@@ -14,11 +14,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(path for package in ("fast_essl", "loaders") for path in (ROOT / package).rglob("*.py"))
 
-# The one file of each; triton's are the kernels, a file each.
+# The one file of each optional package; triton's are the kernels, a file each.
 ACCELERATORS = {
     "ffcv": ["loaders/ffcv_loader.py"],
     "nvidia": ["loaders/dali_loader.py"],
     "apex": ["fast_essl/nvidia_apex.py"],
+    "matplotlib": ["fast_essl/bench/chart.py"],
     "triton": [
         *(path.relative_to(ROOT).as_posix() for path in SOURCES if path.parent.name == "kernels"),
         "loaders/views/cuda.py",
