@@ -22,6 +22,7 @@ from fast_essl.report_style import STYLE
 from fast_essl.report_views import png
 
 CELLS_PAGE, STUDY_PAGE = "cells.html", "study.html"
+CURVE_NAMES = {**ROWS, "simclr_poor": "SimCLR, poor"}
 NUM_CELLS = 12
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 """Of the errors of the row E-SimCLR: which test cells are shown."""
@@ -39,6 +40,7 @@ _STYLE = """
 .dos { fill: none; stroke: var(--ink); stroke-width: 1.6; }
 .empty { fill: none; stroke: var(--random); stroke-width: 1.2; stroke-dasharray: 4 3; }
 .labels { max-width: 620px; }
+.labels svg { overflow: visible; }
 .score { fill: var(--faint); opacity: .55; }
 """
 
@@ -91,8 +93,13 @@ def _study_sections(config: PhotonicsConfig, file: CellFile, result: dict[str, A
     curves = ""
     if len(numbers) > 1:
         series = [
-            Series(label=name, color=color, x=numbers, y=[100 * cells[row, n]["mean"] for n in numbers])
-            for color, (row, name) in enumerate(ROWS.items())
+            Series(
+                label=CURVE_NAMES[row],
+                color=color,
+                x=numbers,
+                y=[100 * cells[row, n]["mean"] for n in numbers],
+            )
+            for color, row in enumerate(ROWS)
         ]
         chart = line_chart(
             series,
