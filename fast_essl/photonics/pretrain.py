@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from fast_essl.config import ConfigError
 from fast_essl.evaluate_run import resolve_device, use_threads
 from fast_essl.photonics.config import PhotonicsConfig
 from fast_essl.photonics.model import build_cell_method
@@ -18,6 +20,11 @@ def pretrain_cells(config: PhotonicsConfig, run_dir: Path, *, show_progress: boo
 
     Errors: `ConfigError` and `DataError` before any step for what does not fit together; `NonFiniteLossError`.
     """
+    num_ranks = os.environ.get("WORLD_SIZE", "1")
+    if num_ranks != "1":
+        raise ConfigError(
+            f"WORLD_SIZE = {num_ranks}: cells are trained on by one rank; start it without torchrun"
+        )
     device, dtype = resolve_device(config)
     use_threads(config)
     method = build_cell_method(

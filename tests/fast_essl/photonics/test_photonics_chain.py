@@ -283,7 +283,7 @@ def test_bad_input_is_one_line(words, message, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_labelled_cells_nothing_is_fitted(smoke, tmp_path):
+def test_what_cannot_be_is_refused_before_any_step(smoke, tmp_path, monkeypatch):
     path = tmp_path / "unlabelled.h5"
     config = dataclasses.replace(
         smoke,
@@ -296,6 +296,9 @@ def test_without_labelled_cells_nothing_is_fitted(smoke, tmp_path):
         run_study(config, tmp_path / "out", show_progress=False)
     with pytest.raises(DataError, match="no labelled cells in train"):
         finetune(config, tmp_path / "run", pretrained=False, show_progress=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="WORLD_SIZE = 2: cells are trained on by one rank"):
+        pretrain_cells(smoke, tmp_path / "run", show_progress=False)
     more = dataclasses.replace(smoke, finetune=dataclasses.replace(smoke.finetune, num_labels=65))
     with pytest.raises(ConfigError, match=r"finetune.num_labels = 65: must be at most the 64 labelled cells"):
         finetune(more, tmp_path / "run", pretrained=False, show_progress=False)
