@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -52,6 +52,21 @@ class Form:
     """Mode of torch.compile for the backbone."""
     view_stage: bool = False
     """Whether each step makes its views from crops on the device, or all take the same ones."""
+    backend: Literal["torch", "triton", "apex"] | None = None
+    """Whose prediction head, InfoNCE (torch, triton) and SGD (torch, apex); None is as the configuration has it."""
+
+    def applied_to(self, config: Config) -> Config:
+        """The configuration with the form's backend. Errors: `ValueError` for what does not go together."""
+        if self.backend is None:
+            return config
+        fused = self.backend == "triton" and config.method.contrastive_loss == "info_nce"
+        apex = self.backend == "apex" and config.optimizer.name == "sgd"
+        return dataclasses.replace(
+            config,
+            head=dataclasses.replace(config.head, layer_norm=self.backend),
+            method=dataclasses.replace(config.method, contrastive_backend="triton" if fused else "torch"),
+            optimizer=dataclasses.replace(config.optimizer, backend="apex" if apex else "torch"),
+        )
 
     def to_table(self) -> dict[str, Any]:
         """The form as plain values."""
@@ -63,7 +78,9 @@ class TrainingStep:
 
     def __init__(self, config: Config, form: Form, device: torch.device) -> None:
         self._form, self._device = form, device
+        config = form.applied_to(config)
         method = build_method(config, num_classes=NUM_CLASSES).to(device).train()
+        method.check(device)
         memory_format = torch.channels_last if form.channels_last else torch.contiguous_format
         self._method = method.to(memory_format=memory_format)  # type: ignore[call-overload]
         self._optimizer = build_optimizer(
