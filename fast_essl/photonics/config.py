@@ -6,9 +6,9 @@ One TOML file holds all of it, as the presets do; each command takes its section
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from fast_essl.config import ConfigError, MethodConfig, OptimizerConfig, TrainConfig, TransformationConfig
 from fast_essl.config import _require as require
@@ -122,6 +122,31 @@ class StudyConfig:
         require(self, "workers", self.workers >= 0, "0 or more")
 
 
+_USED_FIELDS = {
+    "method": {"contrastive_loss", "contrastive_backend", "temperature", "equivariance_weight"},
+    "transformation": {
+        "equivariance",
+        "equivariance_elements",
+        "invariance",
+        "invariance_elements",
+    },
+    "train": {
+        "epochs",
+        "max_steps",
+        "batch_size",
+        "seed",
+        "device",
+        "precision",
+        "num_threads",
+        "log_every",
+        "knn_every",
+        "checkpoint_every",
+        "compile",
+    },
+}
+"""Of the sections shared with images, what cells use; the other fields have to stay as they are."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PhotonicsConfig:
     """Everything that defines the experiment."""
@@ -158,17 +183,16 @@ class PhotonicsConfig:
     """The table."""
 
     def __post_init__(self) -> None:
-        wanted: dict[str, tuple[Any, Any]] = {
-            "method.name": (self.method.name, "simclr"),
-            "method.online_classifier": (self.method.online_classifier, False),
-            "train.knn_every": (self.train.knn_every, 0),
-            "train.init_from": (self.train.init_from, ""),
-        }
-        for name, (value, only) in wanted.items():
-            if value != only:
-                raise ValueError(
-                    f"{name} = {value!r}: must be {only!r}; cells have no classes, and no other method yet"
-                )
+        if self.train.knn_every:
+            raise ValueError(f"train.knn_every = {self.train.knn_every}: must be 0; cells have no classes")
+        for section, used in _USED_FIELDS.items():
+            values = getattr(self, section)
+            for item in fields(values):
+                value = getattr(values, item.name)
+                if item.name not in used and value != item.default:
+                    raise ValueError(
+                        f"{section}.{item.name} = {value!r}: must be {item.default!r}; it has no use for cells"
+                    )
         if self.optimizer.warmup_epochs > self.train.epochs:
             raise ValueError(
                 f"optimizer.warmup_epochs = {self.optimizer.warmup_epochs}: must be at most "

@@ -259,7 +259,12 @@ def test_generate_pretrain_and_finetune_are_commands(smoke, tmp_path, monkeypatc
         ),
         ("study --study.seeds 0 0", "study.seeds = .*: must be different numbers"),
         ("study --method.equivariance-weight 0", "must be above 0 for the study's row E-SimCLR"),
-        ("pretrain --method.name simsiam", "method.name = 'simsiam': must be 'simclr'"),
+        (
+            "pretrain --method.name simsiam",
+            "method.name = 'simsiam': must be 'simclr'; it has no use for cells",
+        ),
+        ("pretrain --train.knn-every 2", "train.knn_every = 2: must be 0"),
+        ("pretrain --train.init-from a.pt", "train.init_from = 'a.pt': must be ''"),
         ("pretrain --transformation.equivariance grayscale", "changes permittivities; choose one that moves"),
         (
             "pretrain --data.file none.h5",
