@@ -34,7 +34,7 @@ RUN_ONLY_FIELDS = frozenset(
     }
 )
 """The configuration fields that may change when a run is resumed, as those of the evaluations; others define it."""
-OTHER_SECTIONS = ("probe.", "finetune.", "study.", "cells.", "solver.", "counts.")
+OTHER_SECTIONS = ("probe.", "finetune.", "speedrun.", "study.", "cells.", "solver.", "counts.")
 """Of evaluations; of how a file of unit cells was made, which is compared by its digest, too."""
 
 

@@ -18,11 +18,22 @@ from fast_essl import __version__
 from fast_essl.bench.cli import add_parser as add_bench
 from fast_essl.config import Config, ConfigError
 from fast_essl.photonics.cli import add_parser as add_photonics
+from fast_essl.speedrun_command import add_speedrun
 from loaders.errors import DataError
 
 PRETRAIN_USAGE = "fast-essl pretrain CONFIG [--run-dir DIR] [--section.field VALUE ...]"
 
-TAKE_OVERRIDES = ("pretrain", "evaluate", "probe", "finetune", "study", "demo", "bench", "photonics")
+TAKE_OVERRIDES = (
+    "pretrain",
+    "evaluate",
+    "probe",
+    "finetune",
+    "study",
+    "demo",
+    "bench",
+    "speedrun",
+    "photonics",
+)
 """Commands that take `--section.field VALUE`."""
 
 
@@ -162,6 +173,8 @@ def _build_parser() -> argparse.ArgumentParser:
     study.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the runs (default: runs/<STUDY's name>)"
     )
+
+    add_speedrun(commands)
 
     transformations = commands.add_parser(
         "transformations", help="what features can be made sensitive or insensitive to", allow_abbrev=False

@@ -5,20 +5,18 @@ A value out of range is a `ValueError` that begins with the field's name, as `si
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Protocol
 
+from fast_essl.config_commands import FinetuneConfig, ProbeConfig, SpeedrunConfig
+from fast_essl.config_commands import require as _require
 from loaders.recipe import Interpolation, Recipe
 
 
 class ConfigError(Exception):
     """A bad configuration; the message is one line that names the source, the key, the value and what to do."""
-
-
-def _require(section: object, field_name: str, holds: bool, wanted: str) -> None:
-    if not holds:
-        raise ValueError(f"{field_name} = {getattr(section, field_name)!r}: must be {wanted}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +27,8 @@ class DataConfig:
     """The `.beton` file to pretrain on, relative to the working directory; also the bank of the evaluations."""
     test: Path
     """The `.beton` file that evaluations score on."""
-    loader: Literal["ffcv", "dali", "torch"] = "ffcv"
-    """Which loader reads the files."""
+    loader: Literal["ffcv", "dali", "device", "torch"] = "ffcv"
+    """Which loader reads the files; `device` keeps small images of one size on the training device and cuts there."""
     num_workers: int = 0
     """Threads (ffcv, dali) or processes (torch) of the loader; 0 means all cores."""
     dali_decoder: Literal["auto", "cpu", "mixed"] = "auto"
@@ -58,10 +56,29 @@ class ViewsConfig:
     """Side of the centred square that evaluation keeps, share of the shorter image side (ImageNet: 224/256)."""
     eval_interpolation: Interpolation = "bilinear"
     """Filter of the evaluation resize."""
+    sizes: tuple[int, ...] = ()
+    """Sides of both views, stage by stage, pixels, the last one theirs; none means one stage. Blur stays in pixels."""
+    size_epochs: tuple[int, ...] = ()
+    """The epochs, counted from 0, that the stages after the first begin with."""
 
     def __post_init__(self) -> None:
         _require(self, "eval_size", 1 <= self.eval_size <= 4096, "from 1 to 4096 pixels")
         _require(self, "eval_center_fraction", 0 < self.eval_center_fraction <= 1, "above 0 and at most 1")
+        last = {self.view1.size, self.view2.size}
+        _require(
+            self,
+            "sizes",
+            not self.sizes or (min(self.sizes) >= 1 and {self.sizes[-1]} == last),
+            f"positive, the last one both views' size, {' and '.join(map(str, sorted(last)))}",
+        )
+        begins = (0, *self.size_epochs)
+        ascending = all(before < after for before, after in pairwise(begins))
+        _require(
+            self,
+            "size_epochs",
+            ascending and len(begins) == max(1, len(self.sizes)),
+            "ascending epochs above 0, one less than the sizes",
+        )
 
     def evaluation(self) -> Recipe:
         """The deterministic recipe of kNN and linear probe, normalised as the first view."""
@@ -140,6 +157,9 @@ class MethodConfig:
     """Weight of Barlow Twins' redundancy term (Zbontar et al., 2021)."""
     equivariance_weight: float = 0.4
     """λ in L = L_ssl + λ · L_equivariance (paper, section 3); 0 is the plain SSL baseline."""
+    passes: Literal["separate", "joint_views", "joint_all"] = "separate"
+    """Inputs that pass the backbone together and share BatchNorm's statistics: none (the paper's), the two views, or
+    the transformed copies, too; these must then be of the views' size."""
     online_classifier: bool = False
     """Whether to train a linear classifier on detached features beside the method (the paper's ImageNet runs)."""
 
@@ -166,6 +186,8 @@ class TransformationConfig:
     """Transformation of the third crop that the prediction head tells."""
     equivariance_elements: tuple[int, ...] = ()
     """Numbers of the elements to use, in the order of their labels; none means all."""
+    equivariance_copies: Literal["all", "one"] = "all"
+    """Whether a step sees the third crop of each sample in all ways (the paper's), or in one drawn for it."""
     invariance: str = "none"
     """Transformation of which each of the two views gets a random element, as one augmentation more."""
     invariance_elements: tuple[int, ...] = ()
@@ -254,79 +276,6 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
-    """The linear probe on augmented images: SGD on a linear classifier over the frozen backbone (paper, section 4)."""
-
-    size: int = 32
-    """Side of the images, pixels."""
-    scale: tuple[float, float] = (0.08, 1.0)
-    """Range of the training crop's area; the crop is then flipped with probability 0.5."""
-    center_fraction: float = 32 / 36
-    """Side of the centred square of the test images, share of the shorter side (Resize 36, CenterCrop 32)."""
-    interpolation: Interpolation = "bicubic"
-    """Filter of the resize."""
-    epochs: int = 100
-    """Passes over the training images."""
-    batch_size: int = 256
-    """Samples a step."""
-    optimizer: Literal["sgd", "lars"] = "sgd"
-    """SGD, or LARS on weight and bias alike (the SimSiam paper's ImageNet probe)."""
-    base_learning_rate: float = 30.0
-    """Peak for 256 samples a batch; a cosine takes it to 0 without warm-up."""
-    schedule: Literal["step", "epoch"] = "step"
-    """Whether the learning rate moves each step, or once an epoch."""
-    momentum: float = 0.9
-    """Momentum."""
-    weight_decay: float = 0.0
-    """L2 penalty."""
-    num_fits: int = 5
-    """Independent fits, by their own seeds; their mean and spread are told."""
-
-    def __post_init__(self) -> None:
-        for name in ("size", "epochs", "batch_size", "num_fits"):
-            _require(self, name, getattr(self, name) >= 1, "1 or more")
-        _require(self, "scale", 0 < self.scale[0] <= self.scale[1] <= 1, "0 < low <= high <= 1")
-        _require(self, "center_fraction", 0 < self.center_fraction <= 1, "above 0 and at most 1")
-        _require(self, "base_learning_rate", 0 < self.base_learning_rate < float("inf"), "above 0")
-        _require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
-        _require(self, "weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
-    """Semi-supervised fine-tuning: backbone and classifier trained on a share of the labels (paper, section 4).
-
-    Images and crops are those of the probe.
-    """
-
-    label_share: float = 0.01
-    """Share of each class's training images whose labels are used, at least one image a class (paper: 1% and 10%)."""
-    epochs: int = 20
-    """Passes over those images."""
-    batch_size: int = 256
-    """Samples a step."""
-    base_learning_rate_backbone: float = 0.005
-    """Peak for 256 samples a batch; a cosine takes it to 0, once an epoch."""
-    base_learning_rate_classifier: float = 0.5
-    """The same of the classifier."""
-    momentum: float = 0.9
-    """Momentum."""
-    weight_decay: float = 0.0
-    """L2 penalty."""
-    num_fits: int = 1
-    """Independent fits, each on its own draw of labelled images."""
-
-    def __post_init__(self) -> None:
-        _require(self, "label_share", 0 < self.label_share <= 1, "above 0 and at most 1")
-        for name in ("epochs", "batch_size", "num_fits"):
-            _require(self, name, getattr(self, name) >= 1, "1 or more")
-        for name in ("base_learning_rate_backbone", "base_learning_rate_classifier"):
-            _require(self, name, 0 < getattr(self, name) < float("inf"), "above 0")
-        _require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
-        _require(self, "weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that defines a run."""
 
@@ -350,6 +299,8 @@ class Config:
     """The linear probe of `fast-essl probe`."""
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     """The fine-tuning of `fast-essl finetune`."""
+    speedrun: SpeedrunConfig = field(default_factory=SpeedrunConfig)
+    """The end of a run of `fast-essl speedrun`."""
 
     def __post_init__(self) -> None:
         if self.optimizer.warmup_epochs > self.train.epochs:
@@ -357,6 +308,24 @@ class Config:
                 f"optimizer.warmup_epochs = {self.optimizer.warmup_epochs}: must be at most "
                 f"train.epochs = {self.train.epochs}"
             )
+
+        sizes = [recipe.size for recipe in self.crop_recipes()]
+        if self.method.passes == "joint_all" and self.views.sizes:
+            raise ValueError("method.passes = 'joint_all': needs inputs of one size; leave views.sizes away")
+        num_joint = {"separate": 1, "joint_views": 2, "joint_all": len(sizes)}[self.method.passes]
+        if len(set(sizes[:num_joint])) > 1:
+            raise ValueError(
+                f"method.passes = {self.method.passes!r}: the inputs' sizes {sizes[:num_joint]} must be equal"
+            )
+
+    def stage_recipes(self) -> tuple[tuple[Recipe, ...], ...]:
+        """`crop_recipes` of each stage of the views' sizes."""
+        views, others = self.crop_recipes()[:2], self.crop_recipes()[2:]
+        sizes = self.views.sizes or (None,)
+        return tuple(
+            (*(view if size is None else replace(view, size=size) for view in views), *others)
+            for size in sizes
+        )
 
     def crop_recipes(self) -> tuple[Recipe, ...]:
         """What the loader cuts from each image: two views and, for an equivariance weight above 0, the third crop."""

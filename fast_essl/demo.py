@@ -17,12 +17,10 @@ from typing import Any
 from fast_essl import run_folder
 from fast_essl.config import Config
 from fast_essl.config_io import find_config, load_config
+from fast_essl.conversion import convert_where_needed
 from fast_essl.evaluate_run import evaluate_run, random_accuracy
 from fast_essl.pretrain import pretrain
 from fast_essl.report import read_runs, write_report
-from loaders.convert import convert
-from loaders.errors import DataError
-from loaders.manifest import check_opening
 
 DATASET = "photo-digits"
 METHODS = ("simclr", "e_simclr")
@@ -58,7 +56,7 @@ def run_demo(options: DemoOptions | None = None, *, say: Callable[[str], None] =
     configs = {name: load_config(find_config(Path(f"{name}_photo_digits")), overrides) for name in METHODS}
     any_config = configs[METHODS[0]]
     for split, path in (("train", any_config.data.train), ("test", any_config.data.test)):
-        _convert_where_needed(split, path, say)
+        convert_where_needed(DATASET, split, path, say)
     options.out.mkdir(parents=True, exist_ok=True)
     run_dirs = [options.out / name for name in METHODS]
     for name, run_dir in zip(METHODS, run_dirs, strict=True):
@@ -89,20 +87,6 @@ def table(results: dict[str, dict[str, float]]) -> str:
         cells = [format(values[key], form) if key in values else "" for _, key, form in columns]
         lines.append(f"{LABELS[name]:<18}" + "".join(f"{cell:>14}" for cell in cells))
     return "\n".join(lines)
-
-
-def _convert_where_needed(split: str, path: Path, say: Callable[[str], None]) -> None:
-    if path.exists():
-        try:
-            manifest = check_opening(path)
-        except DataError as error:
-            say(f"{split}: made anew, since {error}")
-        else:
-            say(f"{split}: {path}, {manifest.num_samples} images, there already")
-            return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    manifest = convert(DATASET, path, split=split, overwrite=True, progress=False)
-    say(f"{split}: {path}, {manifest.num_samples} images converted")
 
 
 def _train_and_evaluate(

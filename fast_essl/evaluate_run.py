@@ -61,6 +61,8 @@ def open_split(
     options = {"batch_size": config.train.batch_size, "seed": config.train.seed, **plan}
     if config.data.loader == "dali":
         options["decoder"] = dali_decoder(config)
+    if config.data.loader == "device":
+        options["device"], _ = resolve_device(config)
     try:
         return open_loader(
             config.data.loader,

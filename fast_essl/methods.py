@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,9 @@ from fast_essl.config import Config, MethodConfig, ModelConfig
 from fast_essl.heads import PredictionHead, prediction_head, predictor, projector
 from fast_essl.kernels import require_kernels
 from fast_essl.losses import barlow_twins, classification, info_nce, negative_cosine, nt_xent
-from fast_essl.resnet import ResNet, build_backbone
+from fast_essl.resnet import build_backbone
 from fast_essl.transformations import config_transformations
 from loaders.batch import Views
-
-Backbone = TypeVar("Backbone", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,25 +87,27 @@ class BarlowTwins(nn.Module):
             return barlow_twins(z1.float(), z2.float(), self._off_diagonal_weight)
 
 
-class ESSL(nn.Module, Generic[Backbone]):
+class ESSL(nn.Module):
     """An SSL method on a backbone, made equivariant to a transformation (Dangovski et al., ICLR 2022)."""
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: nn.Module,
         ssl: SimCLR | SimSiam | BarlowTwins,
         *,
         equivariance_weight: float,
+        passes: Literal["separate", "joint_views", "joint_all"] = "separate",
         head: PredictionHead | None = None,
         online_classifier: nn.Module | None = None,
     ) -> None:
         """Put the parts together; `head` is None for the plain SSL method."""
         super().__init__()
-        self.backbone = backbone
+        self.backbone: Any = backbone  # a ResNet for images
         self.ssl = ssl
         self.head = head
         self.online_classifier = online_classifier
         self.equivariance_weight = equivariance_weight
+        self.passes = passes
 
     def check(self, device: torch.device) -> None:
         """Errors: `ConfigError` for a kernel that is asked for and does not run on the device."""
@@ -121,9 +121,8 @@ class ESSL(nn.Module, Generic[Backbone]):
         return list(self.ssl.predictor.parameters()) if isinstance(self.ssl, SimSiam) else []
 
     def forward(self, views: Views) -> MethodOutput:
-        """Each input passes the backbone on its own, so that BatchNorm sees each view's own statistics."""
-        view1, view2 = views.views
-        features1, features2 = self.backbone(view1), self.backbone(view2)
+        """The losses of a batch, on the backbone's features of every input."""
+        features1, features2, *transformed_features = self._features(views)
         ssl_loss = self.ssl(features1, features2)
         loss, equivariance_loss, equivariance_accuracy, online_accuracy = ssl_loss, None, None, None
         if self.head is not None:
@@ -132,7 +131,7 @@ class ESSL(nn.Module, Generic[Backbone]):
             # With all copies of each sample there, the labels follow from the position, and no kernel reads them.
             complete = len(views.transformed) == self.head.num_classes * len(views.labels)
             equivariance_loss, equivariance_accuracy = self.head.loss(
-                self.backbone(views.transformed), None if complete else views.transformed_labels
+                transformed_features[0], None if complete else views.transformed_labels
             )
             loss = loss + self.equivariance_weight * equivariance_loss
             equivariance_loss = equivariance_loss.detach()
@@ -149,6 +148,21 @@ class ESSL(nn.Module, Generic[Backbone]):
             online_accuracy=online_accuracy,
         )
 
+    def _features(self, views: Views) -> list[Tensor]:
+        """Of both views and, where there is a head, of the transformed copies, in as many passes as configured.
+
+        On its own, each input is normalised by its own statistics; together they share them, in fewer, larger kernels.
+        """
+        inputs = list(views.views)
+        if self.head is not None and views.transformed is not None:
+            inputs.append(views.transformed)
+        if self.passes == "separate":
+            return [self.backbone(images) for images in inputs]
+        num_joint = 2 if self.passes == "joint_views" else len(inputs)
+        together, apart = inputs[:num_joint], inputs[num_joint:]
+        features = self.backbone(torch.cat(together)).split([len(images) for images in together])
+        return [*features, *(self.backbone(images) for images in apart)]
+
 
 _SSL: dict[str, type[SimCLR] | type[SimSiam] | type[BarlowTwins]] = {
     "simclr": SimCLR,
@@ -157,7 +171,7 @@ _SSL: dict[str, type[SimCLR] | type[SimSiam] | type[BarlowTwins]] = {
 }
 
 
-def build_method(config: Config, *, num_classes: int) -> ESSL[ResNet]:
+def build_method(config: Config, *, num_classes: int) -> ESSL:
     """The configured method, initialised from the configuration's seed, on the CPU.
 
     Args: `num_classes` of the data, for the online classifier.
@@ -187,6 +201,7 @@ def build_method(config: Config, *, num_classes: int) -> ESSL[ResNet]:
         backbone,
         ssl,
         equivariance_weight=method.equivariance_weight,
+        passes=method.passes,
         head=head,
         online_classifier=online_classifier,
     )

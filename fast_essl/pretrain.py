@@ -12,7 +12,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from fast_essl.evaluate_run import resolve_device, use_threads
 from fast_essl.interchange import load_backbone
 from fast_essl.methods import ESSL, build_method
 from fast_essl.optim import build_optimizer, set_learning_rates
-from fast_essl.run import Run, StopSignals, Summary
+from fast_essl.run import Goal, Run, StopSignals, Summary
 from fast_essl.schedule import learning_rate_share
 from fast_essl.source import Source, image_source
 from fast_essl.staging import staged
@@ -60,9 +60,11 @@ def train(
     run_dir: Path,
     *,
     source: Source,
-    method: ESSL[Any],
+    method: ESSL,
     device: torch.device,
     dtype: torch.dtype,
+    goal: Goal | None = None,
+    before_clock: Callable[[ESSL], None] | None = None,
     show_progress: bool = True,
 ) -> Summary:
     """Train, or go on training, the run in `run_dir` until it is finished or a signal stops it.
@@ -70,7 +72,8 @@ def train(
     Leaves in the folder: config.toml, environment.json, metrics.jsonl, last.pt and, when finished, backbone.pt.
     SIGINT and SIGTERM end the step at hand, save a checkpoint and return; a second one acts as without fast_essl.
 
-    Args: `source` of the batches; `method` on the CPU, as initialised; `device` and autocast `dtype` to train with.
+    Args: `source` of the batches; `method` on the CPU, as initialised; `device` and autocast `dtype` to train with;
+    `goal` that may end the run early; `before_clock` is called with the method on the device before time is counted.
     Errors: `ConfigError` and `DataError` before any step for a checkpoint of another configuration or dataset,
     `NonFiniteLossError`, `DataError` for a sample that does not decode.
     """
@@ -85,6 +88,8 @@ def train(
         if settings.compile != "none":
             # In place, so that the checkpoint's names stay; the loss and the heads are a few kernels.
             method.backbone.compile(mode=settings.compile, dynamic=False)
+        if before_clock is not None:
+            before_clock(method)
         optimizer = build_optimizer(
             method.parameters(),
             config.optimizer,
@@ -108,13 +113,16 @@ def train(
         environment = run_folder.describe_environment(shlex.join(sys.argv))
         (run_dir / run_folder.ENVIRONMENT).write_text(json.dumps(environment, indent=2) + "\n")
 
-        def evaluate_if_due() -> None:
+        def evaluate_if_due(finished: bool = False) -> bool:
+            """Whether the goal's accuracy is reached."""
             num_epochs, rest = divmod(run.step, steps_per_epoch)
             due = bool(
                 settings.knn_every and num_epochs and not rest and num_epochs % settings.knn_every == 0
             )
-            if due and run.evaluated_step != run.step:
-                run.evaluate(num_epochs - 1, lambda: source.evaluate(method.backbone))
+            if not (due or (finished and goal is not None)) or run.evaluated_step == run.step:
+                return False
+            values = run.evaluate((run.step - 1) // steps_per_epoch, lambda: source.evaluate(method.backbone))
+            return goal is not None and values["knn_top1"] >= goal.accuracy
 
         bar = stack.enter_context(
             tqdm(
@@ -128,7 +136,9 @@ def train(
         signals = stack.enter_context(StopSignals())
         batches = stack.enter_context(contextlib.closing(_steps(source.loader, run.step, last_step)))
         method.train()
-        evaluate_if_due()  # where a signal came between an epoch's last step and its evaluation
+        if evaluate_if_due():  # where a signal came between an epoch's last step and its evaluation
+            run.save(finished=True)
+            return _summary(run, "finished", last_step)
         for views in staged(run.meter.waiting_for(batches), source.make_views, device):
             per_epoch = config.optimizer.schedule == "epoch"
             share = learning_rate_share(
@@ -149,7 +159,7 @@ def train(
             run.end_step(output.loss, len(views.labels))
             bar.update()
 
-            finished = run.step == last_step
+            finished = run.step == last_step or (goal is not None and run.elapsed_s() >= goal.budget_s)
             stopped = signals.number is not None and not finished
             if run.step % settings.log_every == 0 or finished:
                 line = run.log(
@@ -162,12 +172,14 @@ def train(
                     online_accuracy=output.online_accuracy,
                 )
                 bar.set_postfix(_shown(line), refresh=False)
-            if not stopped:
-                evaluate_if_due()
+            if not stopped and evaluate_if_due(finished):
+                finished = True
             if run.step % settings.checkpoint_every == 0 or finished or stopped:
                 run.save(finished=finished)
             if stopped:
                 return _summary(run, "stopped", last_step, signals.number)
+            if finished:
+                break
         return _summary(run, "finished", last_step)
 
 

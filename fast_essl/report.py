@@ -292,9 +292,11 @@ def _speed_section(runs: Sequence[RunRecord]) -> str:
 
 
 def images_a_sample(config: Config) -> int:
-    """How many images the backbone sees of one sample: two views and, with an equivariance loss, |G| copies."""
+    """How many images the backbone sees of one sample: two views and, with an equivariance loss, |G| copies or one."""
     equivariance, _ = config_transformations(config)
-    return 2 + (equivariance.num_elements if equivariance is not None else 0)
+    if equivariance is None:
+        return 2
+    return 2 + (1 if equivariance.one_copy else equivariance.num_elements)
 
 
 def _config_section(runs: Sequence[RunRecord]) -> str:

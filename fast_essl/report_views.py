@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ def sample_views(config: Config, num_samples: int) -> list[tuple[Any, ...]]:
     """
     recipes, evaluation = config.crop_recipes(), config.views.evaluation()
     equivariance, invariance = config_transformations(config)
+    if equivariance is not None:  # all copies are shown, also where a step sees one of them
+        equivariance = replace(equivariance, one_copy=False)
     views, class_names = _first_batch(
         config, recipes, num_samples, equivariance=equivariance, invariance=invariance
     )

@@ -41,6 +41,16 @@ class Summary:
     """The signal that stopped the run."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What ends a run before its last step; the step it ends with is evaluated in any case."""
+
+    accuracy: float
+    """`knn_top1` of an online evaluation, share of 1; above 1 is never reached."""
+    budget_s: float
+    """Seconds of training, evaluations included, over all calls; the step at hand is finished."""
+
+
 class Run:
     """A run's step, metrics and checkpoint; `pretrain` drives it."""
 
@@ -140,7 +150,12 @@ class Run:
             self._first_step_ended += took_s
         self.evaluated_step = self.step
         self._metrics.write(
-            type="eval", epoch=epoch, step=self.step, **values, elapsed_s=round(self.elapsed_s(), 3)
+            type="eval",
+            epoch=epoch,
+            step=self.step,
+            **values,
+            evaluation_s=round(took_s, 3),
+            elapsed_s=round(self.elapsed_s(), 3),
         )
         return values
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -45,6 +46,24 @@ class Source:
     num_classes: int
 
 
+class Stages:
+    """Loaders of the same images as one: each serves the epochs from its first on, up to the next one's."""
+
+    def __init__(self, loaders: Sequence[Any], first_epochs: Sequence[int]) -> None:
+        """Take them in the order of their epochs; the first one's is 0."""
+        self._loaders, self._first_epochs = loaders, first_epochs
+        self.manifest, self.num_classes = loaders[0].manifest, loaders[0].num_classes
+
+    def __len__(self) -> int:
+        return len(self._loaders[0])
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Any]:
+        """The batches of an epoch, from its stage's loader."""
+        stage = bisect.bisect_right(self._first_epochs, epoch) - 1
+        batches: Generator[Any] = self._loaders[stage].epoch(epoch, start_step=start_step)
+        return batches
+
+
 @contextlib.contextmanager
 def image_source(config: Config, device: torch.device, dtype: torch.dtype) -> Iterator[Source]:
     """The configured images, open as long as the context is; evaluated by kNN on the test split.
@@ -55,10 +74,14 @@ def image_source(config: Config, device: torch.device, dtype: torch.dtype) -> It
     equivariance, invariance = config_transformations(config)
     if config.train.knn_every:
         count_classes(config)  # the online evaluation would find out only after an epoch
-    with (
-        contextlib.closing(open_split(config, "train", recipes, shuffle=True)) as loader,
-        contextlib.closing(EvaluationSplits(config, device)) as splits,
-    ):
+    with contextlib.ExitStack() as stack:
+        # A loader's recipes are fixed when it compiles, hence one for each size.
+        loaders = [
+            stack.enter_context(contextlib.closing(open_split(config, "train", stage, shuffle=True)))
+            for stage in config.stage_recipes()
+        ]
+        loader = Stages(loaders, (0, *config.views.size_epochs))
+        splits = stack.enter_context(contextlib.closing(EvaluationSplits(config, device)))
         yield Source(
             loader=loader,
             make_views=partial(

@@ -35,9 +35,13 @@ def staged(
             yield make_views(crops)
         return
     stream = torch.cuda.Stream(device)
-    for crops in batches:
-        with torch.cuda.stream(stream):
-            views = make_views(to_device(crops, device))
+    arriving = iter(batches)
+    while True:
+        with torch.cuda.stream(stream):  # also of a loader that cuts the crops on the device
+            arrived = next(arriving, None)
+            if arrived is None:
+                return
+            views = make_views(to_device(arrived, device))
         training = torch.cuda.current_stream(device)
         training.wait_stream(stream)
         for tensor in (

@@ -10,6 +10,7 @@ Source: the study of the paper's figure 1 and section 5; the cyclic translations
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -174,11 +175,12 @@ def config_transformations(config: Config) -> tuple[Transformation | None, Trans
             equivariance = build_transformation(
                 chosen.equivariance, chosen.equivariance_elements, size=config.views.transformed.size
             )
+            equivariance = replace(equivariance, one_copy=chosen.equivariance_copies == "one")
     except ConfigError as error:
         raise ConfigError(f"transformation.equivariance: {error}") from None
     try:
         if chosen.invariance != "none":
-            for size in {config.views.view1.size, config.views.view2.size}:
+            for size in {config.views.view1.size, config.views.view2.size, *config.views.sizes}:
                 invariance = build_transformation(chosen.invariance, chosen.invariance_elements, size=size)
     except ConfigError as error:
         raise ConfigError(f"transformation.invariance: {error}") from None

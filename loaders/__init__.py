@@ -11,6 +11,7 @@ from loaders.errors import DataError
 
 if TYPE_CHECKING:
     from loaders.dali_loader import DALILoader
+    from loaders.device_loader import DeviceLoader
     from loaders.ffcv_loader import FFCVLoader
     from loaders.recipe import Recipe
     from loaders.torch_loader import TorchLoader
@@ -18,14 +19,15 @@ if TYPE_CHECKING:
 # The loader's thread and the trainer's both run parallel numba code; of numba's layers, `workqueue` aborts on that.
 numba.config.THREADING_LAYER = "omp"
 
-LOADERS = ("ffcv", "dali", "torch")
+LOADERS = ("ffcv", "dali", "device", "torch")
 """Names for `open_loader`, the default first."""
 
 
 def open_loader(
     name: str, path: Path | str, recipes: tuple[Recipe, ...], **options: Any
-) -> FFCVLoader | DALILoader | TorchLoader:
-    """Open a loader by name; `options` are those that all loaders share, and for `dali` its `decoder`.
+) -> FFCVLoader | DALILoader | DeviceLoader | TorchLoader:
+    """Open a loader by name; `options` are those that all loaders share, for `dali` its `decoder`, for `device` its
+    `device`.
 
     Errors: `DataError` when the name is unknown, when FFCV or DALI is asked for and not installed, or as the loader
     has it.
@@ -41,7 +43,7 @@ def open_loader(
     return loader(path, recipes, **options)
 
 
-def _loader_class(name: str) -> type[FFCVLoader | DALILoader | TorchLoader]:
+def _loader_class(name: str) -> type[FFCVLoader | DALILoader | DeviceLoader | TorchLoader]:
     if name == "ffcv":
         from loaders.ffcv_loader import FFCVLoader
 
@@ -50,6 +52,10 @@ def _loader_class(name: str) -> type[FFCVLoader | DALILoader | TorchLoader]:
         from loaders.dali_loader import DALILoader
 
         return DALILoader
+    if name == "device":
+        from loaders.device_loader import DeviceLoader
+
+        return DeviceLoader
     from loaders.torch_loader import TorchLoader
 
     return TorchLoader

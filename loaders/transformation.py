@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,8 @@ class Transformation:
     function: TransformationFunction
     elements: tuple[int, ...]
     """Numbers of the function's results to use; the position in this tuple is the label."""
+    one_copy: bool = False
+    """Equivariance: whether a step makes one copy of each sample, by an element drawn for it, instead of all |G|."""
 
     @property
     def num_elements(self) -> int:
@@ -47,9 +50,28 @@ class Transformation:
         """(|G|·N,) int64, the label of each of `copies`."""
         return torch.arange(self.num_elements, device=device).repeat_interleave(num_samples)
 
-    def drawn_labels(self, words: Tensor) -> Tensor:
-        """Uniform 32-bit words, (N,) int64 below 2**32 → (N,) int64 labels, as good as uniform."""
-        return (words * self.num_elements) >> 32
+    def drawn_labels(self, words: np.ndarray) -> Tensor:
+        """Uniform (N,) uint32 words → (N,) int64 labels, as good as uniform."""
+        return (torch.from_numpy(words.astype(np.int64)) * self.num_elements) >> 32
+
+
+def crop_transformation(
+    words: np.ndarray,
+    *,
+    is_last: bool,
+    equivariance: Transformation | None,
+    invariance: Transformation | None,
+) -> tuple[Transformation | None, Tensor | None]:
+    """What a view stage does to a crop: the last one has the equivariance, if there is one, the others the invariance.
+
+    Args: `words` (N,) uint32, the table's `element_word` of the crop.
+    Returns: the transformation, if any, and the (N,) int64 labels, on the CPU, of the element that each sample gets;
+    None for the labels means all copies.
+    """
+    transformation = equivariance if is_last and equivariance is not None else invariance
+    if transformation is None or (transformation is equivariance and is_last and not equivariance.one_copy):
+        return transformation, None
+    return transformation, transformation.drawn_labels(words)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from fast_essl.config import ConfigError, MethodConfig, OptimizerConfig, TrainConfig, TransformationConfig
-from fast_essl.config import _require as require
+from fast_essl.config_commands import require
 from fast_essl.config_io import load_settings
 from fast_essl.photonics.cells import CellsConfig
 from fast_essl.photonics.generate import CountsConfig

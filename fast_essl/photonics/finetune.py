@@ -198,11 +198,7 @@ def _fit(
                     optimizer.param_groups[0]["lr"] = settings.learning_rate * share
                 words = draw_words(seed, epoch, indices, range(FINETUNE_VIEW, FINETUNE_VIEW + 1))
                 index = torch.from_numpy(indices).to(device)
-                moved = augmented(
-                    cells[index],
-                    torch.from_numpy(words[:, 0].astype(np.int64)).to(device),
-                    config.augmentation,
-                )
+                moved = augmented(cells[index], words[:, 0], config.augmentation)
                 with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
                     predicted = network(as_images(moved))
                 loss = F.mse_loss(predicted.float(), difference[index])

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fast_essl.config import ConfigError
-from fast_essl.config import _require as require
+from fast_essl.config_commands import require
 from fast_essl.photonics.cells import SIDE, CellsConfig, make_cell
 from fast_essl.photonics.dos import NUM_FREQUENCIES, normalised_dos
 from fast_essl.photonics.solver import SolverConfig, bands, k_mesh

@@ -77,7 +77,7 @@ def build_dos_net(backbone: CellNet, model: CellModelConfig, seed: int) -> DosNe
     return DosNet(backbone, model.predictor)
 
 
-def build_cell_method(config: PhotonicsConfig) -> ESSL[CellNet]:
+def build_cell_method(config: PhotonicsConfig) -> ESSL:
     """SimCLR or E-SimCLR on cells, initialised from the configuration's seed, on the CPU.
 
     Errors: `ConfigError` for a transformation that cannot be built.

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fast_essl.config import _require as require
+from fast_essl.config_commands import require
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,9 +84,8 @@ def cell_source(config: PhotonicsConfig, file: CellFile, dtype: torch.dtype) -> 
 
     def make_views(batch: CellBatch) -> Views:
         cells = batch.images[0]
-        words = torch.from_numpy(batch.words.astype(np.int64)).to(cells.device)
         views = [
-            as_images(augmented(cells, words[:, view], augmentation, invariance)).to(dtype)
+            as_images(augmented(cells, batch.words[:, view], augmentation, invariance)).to(dtype)
             for view in range(NUM_VIEWS)
         ]
         transformed = labels = None
@@ -149,11 +148,14 @@ def as_images(cells: Tensor) -> Tensor:
 
 
 def augmented(
-    cells: Tensor, words: Tensor, augmentation: AugmentationConfig, invariance: Transformation | None = None
+    cells: Tensor,
+    words: np.ndarray,
+    augmentation: AugmentationConfig,
+    invariance: Transformation | None = None,
 ) -> Tensor:
     """Each cell flipped, turned, then moved, and then transformed, by its own words.
 
-    Args: `cells` (N, 32, 32); `words` (N, 4) int64 below 2**32, for flip, turn, translation and transformation.
+    Args: `cells` (N, 32, 32); `words` (N, 4) uint32, for flip, turn, translation and transformation.
     Returns: (N, 32, 32).
     """
     device, num = cells.device, SIDE * SIDE
@@ -164,18 +166,23 @@ def augmented(
     turns = torch.cat([torch.rot90(image, turn, (1, 2)) for turn in range(4)]).reshape(4, num)
     source = pixels.expand(len(cells), num)
     if augmentation.flips:
-        source = source.gather(1, flips[(words[:, 0] * 3) >> 32])
+        source = source.gather(1, flips[_drawn(words[:, 0], 3, device)])
     if augmentation.rotations:
-        source = source.gather(1, turns[(words[:, 1] * 4) >> 32])
+        source = source.gather(1, turns[_drawn(words[:, 1], 4, device)])
     if augmentation.translations:
-        shift = ((words[:, 2] * num) >> 32)[:, None]
+        shift = _drawn(words[:, 2], num, device)[:, None]
         rows = (pixels // SIDE - shift // SIDE).remainder(SIDE)
         source = source.gather(1, rows * SIDE + (pixels - shift).remainder(SIDE))
     if invariance is not None:
         table = source_pixels(invariance, SIDE)
         assert table is not None  # cell_transformations has seen to it
-        source = source.gather(1, table.to(device)[invariance.drawn_labels(words[:, 3])])
+        source = source.gather(1, table.to(device)[invariance.drawn_labels(words[:, 3]).to(device)])
     return cells.flatten(1).gather(1, source).view_as(cells)
+
+
+def _drawn(words: np.ndarray, num: int, device: torch.device) -> Tensor:
+    """Uniform (N,) uint32 words → (N,) int64 numbers below `num`, as good as uniform."""
+    return torch.from_numpy((words.astype(np.int64) * num) >> 32).to(device)
 
 
 def draw_words(seed: int, epoch: int, indices: np.ndarray, views: range) -> np.ndarray:

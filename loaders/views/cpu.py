@@ -16,7 +16,7 @@ import torch
 from loaders.batch import Crops, Views
 from loaders.parameters import ViewParameters
 from loaders.recipe import Recipe
-from loaders.transformation import Transformation, source_pixels
+from loaders.transformation import Transformation, crop_transformation, source_pixels
 
 # Sums may be reordered and fused; NaN and infinity keep their meaning.
 _FAST = {"contract", "reassoc", "arcp", "nsz"}
@@ -35,22 +35,24 @@ def make_views(
     dtype: torch.dtype = torch.float32,
 ) -> Views:
     """As `loaders.views.reference.make_views`, for crops in main memory; computed in float32, then cast to `dtype`."""
-    made = []
+    made, labels = [], None
     for number, (images, recipe) in enumerate(zip(crops.images, recipes, strict=True)):
         table = crops.parameters.view(number)
-        if equivariance is not None and number == len(recipes) - 1:
-            view = _augment(images.numpy(), table, recipe, equivariance, None)
-        elif invariance is not None:
-            words = torch.from_numpy(table.element_word.astype(np.int64))
-            view = _augment(images.numpy(), table, recipe, invariance, invariance.drawn_labels(words))
-        else:
-            view = _augment(images.numpy(), table, recipe, None, None)
-        made.append(view.to(dtype))
-    transformed = made.pop() if equivariance is not None else None
+        transformation, labels = crop_transformation(
+            table.element_word,
+            is_last=number == len(recipes) - 1,
+            equivariance=equivariance,
+            invariance=invariance,
+        )
+        made.append(_augment(images.numpy(), table, recipe, transformation, labels).to(dtype))
+    transformed = transformed_labels = None
+    if equivariance is not None:
+        transformed = made.pop()
+        transformed_labels = equivariance.labels(len(crops.labels)) if labels is None else labels
     return Views(
         views=tuple(made),
         transformed=transformed,
-        transformed_labels=equivariance.labels(len(crops.labels)) if equivariance is not None else None,
+        transformed_labels=transformed_labels,
         labels=crops.labels,
         indices=crops.indices,
     )

@@ -23,7 +23,7 @@ from torch import Tensor
 from loaders.batch import Crops, Views
 from loaders.parameters import ViewParameters
 from loaders.recipe import Recipe
-from loaders.transformation import Transformation, source_pixels
+from loaders.transformation import Transformation, crop_transformation, source_pixels
 from loaders.views.reference import GREY_WEIGHTS, SOLARIZE_THRESHOLD, normalise
 
 TILE = 32
@@ -54,26 +54,27 @@ def make_views(
 
     Errors: `ValueError` for images of another dtype, shape, layout or device, or for another result dtype.
     """
-    made = []
+    made, labels = [], None
     for number, (images, recipe) in enumerate(zip(crops.images, recipes, strict=True)):
         table = crops.parameters.view(number)
         _check(images, table, dtype)
-        if equivariance is not None and number == len(recipes) - 1:
-            made.append(_augment(images, table, recipe, equivariance, None, dtype))
-        elif invariance is not None:
-            words = torch.from_numpy(table.element_word.astype(np.int64))
-            made.append(
-                _augment(images, table, recipe, invariance, invariance.drawn_labels(words).numpy(), dtype)
-            )
-        else:
-            made.append(_augment(images, table, recipe, None, None, dtype))
-    transformed = made.pop() if equivariance is not None else None
+        transformation, labels = crop_transformation(
+            table.element_word,
+            is_last=number == len(recipes) - 1,
+            equivariance=equivariance,
+            invariance=invariance,
+        )
+        numbers = labels.numpy() if labels is not None else None
+        made.append(_augment(images, table, recipe, transformation, numbers, dtype))
+    transformed = transformed_labels = None
+    if equivariance is not None:
+        transformed, device = made.pop(), crops.labels.device
+        all_labels = equivariance.labels(len(crops.labels), device)
+        transformed_labels = all_labels if labels is None else _uploaded(labels, device)
     return Views(
         views=tuple(made),
         transformed=transformed,
-        transformed_labels=equivariance.labels(len(crops.labels), crops.labels.device)
-        if equivariance is not None
-        else None,
+        transformed_labels=transformed_labels,
         labels=crops.labels,
         indices=crops.indices,
     )

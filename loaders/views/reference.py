@@ -22,7 +22,7 @@ from torch import Tensor
 from loaders.batch import Crops, Views
 from loaders.parameters import ViewParameters
 from loaders.recipe import Recipe
-from loaders.transformation import Transformation
+from loaders.transformation import Transformation, crop_transformation
 
 GREY_WEIGHTS = (0.2989, 0.587, 0.114)
 """Of red, green and blue; ITU-R BT.601, as torchvision rounds them."""
@@ -39,28 +39,37 @@ def make_views(
 ) -> Views:
     """Augment and normalise the crops, each by its own column of the parameter table.
 
-    Args: `recipes` one a crop; with `equivariance` the last crop is not a view, but is transformed in all its ways;
+    Args: `recipes` one a crop; with `equivariance` the last crop is not a view, but is transformed in all its ways,
+    or, with its `one_copy`, each sample by the element that the table draws for it;
     with `invariance` each of the other crops is transformed by the element that the table draws for it; `dtype` of the
     result.
     Returns: `Views` on the device of the crops.
     """
-    made = []
+    made, labels = [], None
     for number, (images, recipe) in enumerate(zip(crops.images, recipes, strict=True)):
         table = crops.parameters.view(number)
+        transformation, labels = crop_transformation(
+            table.element_word,
+            is_last=number == len(recipes) - 1,
+            equivariance=equivariance,
+            invariance=invariance,
+        )
         view = augment(images, table)
-        if equivariance is not None and number == len(recipes) - 1:
-            view = equivariance.copies(view)
-        elif invariance is not None:
-            words = torch.from_numpy(table.element_word.astype(np.int64)).to(view.device)
-            view = invariance.one_each(view, invariance.drawn_labels(words))
+        if transformation is not None and labels is None:
+            view = transformation.copies(view)
+        elif transformation is not None and labels is not None:
+            labels = labels.to(view.device)
+            view = transformation.one_each(view, labels)
         made.append(normalise(view, recipe).to(dtype, memory_format=torch.channels_last))
-    transformed = made.pop() if equivariance is not None else None
+    transformed = transformed_labels = None
+    if equivariance is not None:
+        transformed = made.pop()
+        all_labels = equivariance.labels(len(crops.labels), crops.labels.device)
+        transformed_labels = all_labels if labels is None else labels
     return Views(
         views=tuple(made),
         transformed=transformed,
-        transformed_labels=equivariance.labels(len(crops.labels), crops.labels.device)
-        if equivariance
-        else None,
+        transformed_labels=transformed_labels,
         labels=crops.labels,
         indices=crops.indices,
     )

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fast_essl.config import ConfigError
 from fast_essl.config_io import load_config
 from fast_essl.losses import barlow_twins, info_nce, negative_cosine, nt_xent
 from fast_essl.methods import build_method
@@ -70,6 +71,38 @@ def test_without_lambda_there_is_no_head_and_the_start_is_the_same(tiny_config, 
     assert output.equivariance_loss is None and torch.equal(output.loss.detach(), output.ssl_loss)
     fresh = build(tiny_config, name, "--method.equivariance-weight", "0").state_dict()
     assert fresh and all(torch.equal(value, equivariant[key]) for key, value in fresh.items())
+
+
+@pytest.mark.parametrize(("passes", "groups"), [("joint_views", [[0, 1], [2]]), ("joint_all", [[0, 1, 2]])])
+def test_joint_passes_are_passes_of_the_concatenated_inputs(tiny_config, passes, groups):
+    """Same weights; each group of inputs goes through the backbone as one batch, and shares its statistics."""
+    sizes = [f"--views.{name}.size=8" for name in ("view1", "view2", "transformed")]
+    method, views = build(tiny_config, "simclr", f"--method.passes={passes}", *sizes), batch()
+    separate = build(tiny_config, "simclr", *sizes)
+    output = method(views)
+    inputs = [*views.views, views.transformed]
+    features = {}
+    for group in groups:
+        together = separate.backbone(torch.cat([inputs[number] for number in group]))
+        features.update(zip(group, together.split([len(inputs[number]) for number in group]), strict=True))
+    ssl = separate.ssl(features[0], features[1])
+    equivariance = F.cross_entropy(separate.head(features[2]), views.transformed_labels)
+    assert torch.allclose(output.ssl_loss, ssl, rtol=1e-5)
+    assert torch.allclose(output.equivariance_loss, equivariance, rtol=1e-5)
+    for (
+        name,
+        value,
+    ) in separate.state_dict().items():  # BatchNorm's running statistics have seen the same batches
+        assert torch.allclose(method.state_dict()[name], value, rtol=1e-4, atol=1e-6), name
+    assert not torch.allclose(
+        output.ssl_loss, build(tiny_config, "simclr", *sizes)(views).ssl_loss, rtol=1e-4
+    )
+
+
+def test_joint_passes_need_inputs_of_one_size(tiny_config):
+    build(tiny_config, "simclr", "--method.passes", "joint_views")
+    with pytest.raises(ConfigError, match=r"'joint_all': the inputs' sizes \[16, 16, 8\] must be equal"):
+        build(tiny_config, "simclr", "--method.passes", "joint_all")
 
 
 def test_nt_xent_is_chosen_by_its_name(tiny_config):

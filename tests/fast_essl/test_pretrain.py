@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,41 @@ def test_dali_trains_as_the_reference_loader_does(tiny_config: Path, tmp_path: P
         metrics = (tmp_path / loader / run_folder.METRICS).read_text().splitlines()
         losses.append([line["loss"] for line in map(json.loads, metrics) if line["type"] == "step"])
     assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_the_device_loader_trains_and_evaluates_as_the_reference_loader_does(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    values = []
+    for loader in ("torch", "device"):
+        config = _config(tiny_config, f"--data.loader {loader} --train.device cpu --train.max-steps 4")
+        pretrain(
+            replace(config, train=replace(config.train, knn_every=1)), tmp_path / loader, show_progress=False
+        )
+        lines = _lines(tmp_path / loader)
+        values.append([line["loss"] for line in lines if line["type"] == "step"])
+        assert 0 <= lines[-1]["knn_top1"] <= 1
+    assert len(values[0]) == 4 and values[1] == pytest.approx(values[0], rel=0.04)
+
+
+def test_one_copy_a_step_is_a_quarter_of_the_copies(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def note(views: Any) -> Any:
+        seen.append((len(views.transformed), set(views.transformed_labels.tolist())))
+        return views
+
+    for copies in ("all", "one"):
+        with monkeypatch.context() as patch:
+            _before_step(patch, 1, note)
+            config = _config(
+                tiny_config, f"--transformation.equivariance-copies {copies} --train.max-steps 2"
+            )
+            pretrain(config, tmp_path / copies, show_progress=False)
+    assert [count for count, _ in seen] == [32, 8] and seen[0][1] == {0, 1, 2, 3} and len(seen[1][1]) > 1
+    assert _lines(tmp_path / "one")[-1]["equivariance_loss"] > 0
 
 
 def test_a_missing_file_is_named(tiny_config: Path, tmp_path: Path) -> None:

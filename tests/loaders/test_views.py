@@ -265,6 +265,25 @@ def test_a_compiled_stage_makes_the_same_copies_of_every_transformation(module, 
         )
 
 
+@pytest.mark.parametrize("module", STAGES)
+@pytest.mark.parametrize("name", ["four_fold_rotation", "colour_inversion"])  # moves pixels; changes them
+def test_one_copy_is_the_one_that_the_table_draws(module, name):
+    """Of all copies, and with the label of it; the views are as without."""
+    transformation = build_transformation(name, size=8)
+    recipe, count = Recipe(size=8), 12
+    parameters = drawn((recipe,) * 3, count, seed=3)
+    batch = crops([photographs(count, 8) for _ in range(3)], parameters)
+    all_copies = make_views(module, batch, (recipe,) * 3, equivariance=transformation)
+    one = make_views(module, batch, (recipe,) * 3, equivariance=replace(transformation, one_copy=True))
+    words = parameters.element_word[:, 2].astype(np.int64)
+    labels = words * transformation.num_elements // 2**32
+    assert one.transformed_labels.tolist() == labels.tolist() and len(set(labels)) > 1
+    assert one.transformed.shape == (count, 3, 8, 8)
+    for n, label in enumerate(labels):
+        assert torch.allclose(one.transformed[n], all_copies.transformed[label * count + n], atol=1e-6)
+    assert all(torch.equal(*pair) for pair in zip(one.views, all_copies.views, strict=True))
+
+
 def copied_pixel(images):
     """Not a bijection: every pixel of the second copy is the first pixel."""
     return images, images[:, :, :1, :1].expand_as(images)

@@ -29,8 +29,7 @@ NOTHING = AugmentationConfig(flips=False, rotations=False, translations=False)
 
 
 def words(num=40, view=0, seed=0, epoch=0):
-    drawn = draw_words(seed, epoch, np.arange(num), range(view, view + 1))
-    return torch.from_numpy(drawn[:, 0].astype(np.int64))
+    return draw_words(seed, epoch, np.arange(num), range(view, view + 1))[:, 0]
 
 
 def elements(moved, candidates):
