@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -23,18 +24,8 @@ from loaders.errors import DataError
 
 PRETRAIN_USAGE = "fast-essl pretrain CONFIG [--run-dir DIR] [--section.field VALUE ...]"
 
-TAKE_OVERRIDES = (
-    "pretrain",
-    "evaluate",
-    "probe",
-    "finetune",
-    "study",
-    "demo",
-    "bench",
-    "speedrun",
-    "photonics",
-)
-"""Commands that take `--section.field VALUE`."""
+NO_OVERRIDES = ("convert", "export", "transformations", "report", "doctor")
+"""Commands that do not take `--section.field VALUE`."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,10 +38,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns its exit code."""
     parser = _build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command not in TAKE_OVERRIDES:
+    if rest and arguments.command in NO_OVERRIDES:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.overrides = rest
     try:
+        if _is_rank() and arguments.command not in (*NO_OVERRIDES, "pretrain"):
+            raise ConfigError(f"{arguments.command} runs in one process; start it without torchrun")
         return int(arguments.run(arguments))
     except (ConfigError, DataError) as error:
         return _fail(str(error))
@@ -65,8 +58,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"fast-essl: error: {' '.join(message.split())}", file=sys.stderr)
+    who = f"rank {os.environ.get('RANK', '?')} on {socket.gethostname()}: " if _is_rank() else ""
+    print(f"fast-essl: error: {who}{' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def _is_rank() -> bool:
+    """Whether torchrun started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -93,9 +92,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("dest", nargs="?", type=Path, metavar="DEST.beton", help="the file to write")
     convert.add_argument("--verify", type=Path, metavar="DEST.beton", help="re-read all of a converted file")
-    convert.add_argument(
-        "--split", choices=("train", "test"), default="train", help="which part (default: train)"
-    )
+    convert.add_argument("--split", choices=("train", "test"), default="train", help="default: train")
     convert.add_argument(
         "--max-side", type=int, metavar="N", help="shrink longer images to N pixels (default: never)"
     )
@@ -134,9 +131,9 @@ def _build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("source", type=Path, metavar="RUN|FILE", help="a run's folder, or a checkpoint")
     evaluate.add_argument("--config", type=Path, metavar="CONFIG", help="what a checkpoint FILE is")
 
-    for name, function, text in (
-        ("probe", _probe, "the paper's linear probe: SGD on augmented images, the backbone frozen"),
-        ("finetune", _finetune, "semi-supervised fine-tuning on a share of the labels"),
+    for name, text in (
+        ("probe", "the paper's linear probe: SGD on augmented images, the backbone frozen"),
+        ("finetune", "semi-supervised fine-tuning on a share of the labels"),
     ):
         protocol = commands.add_parser(
             name,
@@ -145,7 +142,7 @@ def _build_parser() -> argparse.ArgumentParser:
             epilog=f"Any field of the run's config.toml can be overridden: --{name}.epochs 10, ...",
             allow_abbrev=False,
         )
-        protocol.set_defaults(run=function)
+        protocol.set_defaults(run=_protocol)
         protocol.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder")
 
     export = commands.add_parser(
@@ -185,9 +182,7 @@ def _build_parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report)
     report.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder")
 
-    doctor = commands.add_parser(
-        "doctor", help="what is installed and what would be used", allow_abbrev=False
-    )
+    doctor = commands.add_parser("doctor", help="what is installed and would be used", allow_abbrev=False)
     doctor.set_defaults(run=_doctor)
     doctor.add_argument(
         "files", nargs="*", type=Path, metavar="FILE.beton", help="tell whether it fits in memory"
@@ -244,31 +239,51 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
-    from fast_essl.config_io import find_config, load_config
-
     if arguments.help:
         return _pretrain_help(arguments.config)
+    if not _is_rank():
+        return _train(arguments, _pretrain_config(arguments))
+    from fast_essl.ranks import EndedByAnotherRankError, LostRankError, all_or_none, process_group
+
+    try:
+        with process_group():
+            with all_or_none():
+                config = _pretrain_config(arguments)
+            return _train(arguments, config)
+    except EndedByAnotherRankError:  # which has said why
+        return 2
+    except LostRankError as error:
+        _fail(str(error), 1)
+        os._exit(1)  # the group's threads may still wait for the rank that is gone
+
+
+def _pretrain_config(arguments: argparse.Namespace) -> Config:
+    from fast_essl.config_io import find_config, load_config
+
     if arguments.config is None:
         raise ConfigError(f"command line: pretrain takes a configuration first: {PRETRAIN_USAGE}")
-    config = load_config(find_config(arguments.config), arguments.overrides)
-    run_dir = arguments.run_dir or Path("runs") / f"{arguments.config.stem}-seed{config.train.seed}"
+    return load_config(find_config(arguments.config), arguments.overrides)
 
+
+def _train(arguments: argparse.Namespace, config: Config) -> int:
+    from fast_essl.distributed import rank
     from fast_essl.pretrain import pretrain
     from fast_essl.run import NonFiniteLossError
 
+    run_dir = arguments.run_dir or Path("runs") / f"{arguments.config.stem}-seed{config.train.seed}"
     try:
         summary = pretrain(config, run_dir)
-    except NonFiniteLossError as error:
-        return _fail(str(error), 1)
-    if summary.status == "already finished":
-        print(f"{run_dir}: already finished at step {summary.step}; nothing to do")
-        return 0
+    except NonFiniteLossError as error:  # on all ranks
+        return _fail(str(error), 1) if rank() == 0 else 1
     rate = f"{summary.elapsed_s:.0f} s in all, {summary.samples_per_s:.0f} samples/s"
-    if summary.signal_number is None:
-        print(f"{run_dir}: finished at step {summary.step}, {rate}")
-        return 0
-    print(f"{run_dir}: stopped at step {summary.step} of {summary.num_steps}; the same command continues")
-    return 128 + summary.signal_number
+    outcome = f"finished at step {summary.step}, {rate}"
+    if summary.status == "already finished":
+        outcome = f"already finished at step {summary.step}; nothing to do"
+    elif summary.signal_number is not None:
+        outcome = f"stopped at step {summary.step} of {summary.num_steps}; the same command continues"
+    if rank() == 0:
+        print(f"{run_dir}: {outcome}")
+    return 128 + summary.signal_number if summary.signal_number is not None else 0
 
 
 def _pretrain_help(config_path: Path | None) -> int:
@@ -319,23 +334,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _probe(arguments: argparse.Namespace) -> int:
-    from fast_essl.protocols import probe_run
+def _protocol(arguments: argparse.Namespace) -> int:
+    from fast_essl.protocols import finetune_run, probe_run
     from fast_essl.run import NonFiniteLossError
 
+    measure = {"probe": probe_run, "finetune": finetune_run}[arguments.command]
     try:
-        print(json.dumps(probe_run(arguments.run_dir, overrides=arguments.overrides)))
-    except NonFiniteLossError as error:
-        return _fail(str(error), 1)
-    return 0
-
-
-def _finetune(arguments: argparse.Namespace) -> int:
-    from fast_essl.protocols import finetune_run
-    from fast_essl.run import NonFiniteLossError
-
-    try:
-        print(json.dumps(finetune_run(arguments.run_dir, overrides=arguments.overrides)))
+        print(json.dumps(measure(arguments.run_dir, overrides=arguments.overrides)))
     except NonFiniteLossError as error:
         return _fail(str(error), 1)
     return 0

@@ -241,7 +241,12 @@ class TrainConfig:
     max_steps: int = 0
     """Stop after so many steps, the schedule unchanged; 0 runs all epochs. A larger value later continues the run."""
     batch_size: int = 512
-    """Samples a step (official release: 512); the last, smaller batch of an epoch is dropped."""
+    """Samples a step over all ranks (official release: 512); the last, smaller batch of an epoch is dropped."""
+    accumulate: int = 1
+    """Micro-batches a step, one after the other on the device, for a batch that does not fit; the losses stay those of
+    the whole batch, BatchNorm sees a micro-batch."""
+    sync_batch_norm: bool = True
+    """With several ranks: whether BatchNorm's statistics are those of all ranks (the paper), or each rank's own."""
     seed: int = 0
     """Of initialisation, sample order and augmentations."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -264,7 +269,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("max_steps", "num_threads", "knn_every"):
             _require(self, name, getattr(self, name) >= 0, "0 or more")
-        for name in ("epochs", "log_every", "checkpoint_every"):
+        for name in ("epochs", "log_every", "checkpoint_every", "accumulate"):
             _require(self, name, getattr(self, name) >= 1, "1 or more")
         _require(
             self,
@@ -272,6 +277,9 @@ class TrainConfig:
             self.batch_size >= 2,
             "2 or more (BatchNorm and negatives need another sample)",
         )
+        divides = self.batch_size % self.accumulate == 0 and self.batch_size // self.accumulate >= 2
+        wanted = f"a divisor of batch_size = {self.batch_size} that leaves 2 samples or more"
+        _require(self, "accumulate", divides, wanted)
         _require(self, "seed", 0 <= self.seed < 2**63, "from 0 to 2**63 - 1")
 
 

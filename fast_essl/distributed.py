@@ -38,6 +38,33 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return value if num_ranks() == 1 else _SumOverRanks.apply(value)
 
 
+@torch.no_grad()
+def gather_ragged(rows: Tensor) -> Tensor:
+    """(N, …) of each rank, N its own → (ΣN, …) in the order of the ranks. Without gradients."""
+    if num_ranks() == 1:
+        return rows
+    counts = gather_rows(torch.tensor([len(rows)], device=rows.device)).tolist()
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = gather_rows(padded).split(len(padded))
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+@torch.no_grad()
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of a tensor over the ranks. Without gradients."""
+    return sum_over_ranks(value) / num_ranks()
+
+
+def max_over_ranks(number: int) -> int:
+    """The largest of the ranks' numbers, by way of the CPU: it does not wait for a GPU."""
+    if num_ranks() == 1:
+        return number
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fast_essl.distributed import gather_ragged, gather_rows, max_over_ranks, num_ranks, sum_over_ranks
 from loaders.batch import Views
 
 QUERIES_A_CHUNK = 512
@@ -43,31 +44,56 @@ def knn_scores(
 ) -> Tensor:
     """Votes of the k bank samples of the largest cosine similarity.
 
+    With several ranks the bank is that of all, each holding a part of it, and all ask the same queries.
+
     Args: `bank` (N, D), `bank_labels` (N,), `queries` (Q, D); `temperature` T weighs a vote by exp(similarity / T) (Wu
     et al., CVPR 2018, "weighted kNN"), None counts each as one, ties going to the class of the nearer neighbours.
     Returns: (Q, num_classes) scores.
     Errors: `ValueError` for a bank smaller than k.
     """
-    if k > len(bank):
-        raise ValueError(f"k = {k}: the bank has only {len(bank)} samples")
+    num_bank = _over_ranks(len(bank), bank.device)
+    if k > num_bank:
+        raise ValueError(f"k = {k}: the bank has only {num_bank} samples")
     bank = F.normalize(bank, dim=1)
     chunks = []
     for chunk in F.normalize(queries, dim=1).split(QUERIES_A_CHUNK):
-        similarity, nearest = (chunk @ bank.T).topk(k, dim=1)
+        similarity, neighbour_labels = _nearest(bank, bank_labels, chunk, k)
         if temperature is None:
             # The similarities, at most 2 once shifted, never outweigh a vote: they only break ties.
             votes = 1 + (similarity + 1) / (4 * k)
         else:
             votes = (similarity / temperature).exp()
         scores = votes.new_zeros(len(chunk), num_classes)
-        chunks.append(scores.scatter_add_(1, bank_labels[nearest], votes))
+        chunks.append(scores.scatter_add_(1, neighbour_labels, votes))
     return torch.cat(chunks)
 
 
+def _nearest(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest similarities of normalised rows, descending, and their labels, (Q, k); over all ranks' banks."""
+    similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=1)
+    labels = bank_labels[nearest]
+    if num_ranks() == 1:
+        return similarity, labels
+    missing = (0, k - similarity.shape[1])  # where a rank's part of the bank has fewer than k
+    similarity = gather_rows(F.pad(similarity, missing, value=float("-inf")).T).T
+    labels = gather_rows(F.pad(labels, missing).T).T
+    similarity, nearest = similarity.topk(k, dim=1)
+    return similarity, labels.gather(1, nearest)
+
+
+def _over_ranks(number: int, device: torch.device) -> int:
+    return int(sum_over_ranks(torch.tensor(number, device=device)))
+
+
 def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, *, k: int = 10) -> float:
-    """Plain cosine kNN: share of the queries whose label wins the vote."""
-    num_classes = int(bank_labels.max()) + 1
-    scores = knn_scores(bank, bank_labels, queries, k=min(k, len(bank)), num_classes=num_classes)
+    """Plain cosine kNN: share of the queries whose label wins the vote.
+
+    With several ranks each gives its part of bank and queries, and all have the answer for the whole.
+    """
+    queries, labels = gather_ragged(queries), gather_ragged(labels)
+    num_classes = max_over_ranks(int(bank_labels.max())) + 1
+    k = min(k, _over_ranks(len(bank), bank.device))
+    scores = knn_scores(bank, bank_labels, queries, k=k, num_classes=num_classes)
     return top_accuracy(scores, labels, 1)
 
 

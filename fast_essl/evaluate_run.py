@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numba
 import torch
 from torch import nn
 
@@ -16,9 +16,11 @@ from fast_essl import run_folder
 from fast_essl.checkpoint import load_file
 from fast_essl.config import Config, ConfigError, RunConfig
 from fast_essl.config_io import load_config
+from fast_essl.distributed import num_ranks, rank
 from fast_essl.evaluate import evaluate_backbone, extract_features, knn_accuracy
 from fast_essl.interchange import load_backbone
 from fast_essl.methods import build_method
+from fast_essl.ranks import all_or_none, num_cores, ranks_on_this_machine
 from fast_essl.resnet import ResNet
 from fast_essl.staging import to_device
 from loaders import open_loader
@@ -30,7 +32,10 @@ from loaders.views import resolve_view_stage
 
 
 def resolve_device(config: RunConfig) -> tuple[torch.device, torch.dtype]:
-    """Where a run computes and in which autocast type. Errors: `ConfigError` for what this machine cannot do."""
+    """Where a run, or this rank of it, computes and in which autocast type.
+
+    Errors: `ConfigError` for what this machine cannot do.
+    """
     wanted, precision = config.train.device, config.train.precision
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device = 'cuda': there is no CUDA device here; use 'auto' or 'cpu'")
@@ -39,6 +44,14 @@ def resolve_device(config: RunConfig) -> tuple[torch.device, torch.dtype]:
         if precision not in ("auto", "fp32"):
             raise ConfigError(f"train.precision = {precision!r}: needs a CUDA device; use 'auto' or 'fp32'")
         return device, torch.float32
+    num_gpus, num_here = torch.cuda.device_count(), ranks_on_this_machine()
+    if num_here > num_gpus:
+        raise ConfigError(
+            f"{num_here} ranks on this machine, but only {num_gpus} of its GPUs can be used: start no more, or set "
+            "train.device = 'cpu'"
+        )
+    if num_ranks() > 1:
+        device = torch.device("cuda", torch.cuda.current_device())
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -54,11 +67,14 @@ def open_split(
 ) -> Any:
     """Open a split with the configured loader; without `shuffle` every sample once, in order, the last batch short.
 
+    Each rank has its part of every batch. A batch of the loader is a micro-batch where the training accumulates.
+
     Args: `plan` fields of `EpochPlan` that are to differ from the pretraining's: `batch_size`, `seed`, `subset`.
     Errors: `DataError`; `ConfigError` for what the loader refuses.
     """
     path = config.data.train if split == "train" else config.data.test
-    options = {"batch_size": config.train.batch_size, "seed": config.train.seed, **plan}
+    micro_batch_size = config.train.batch_size // config.train.accumulate
+    options = {"batch_size": micro_batch_size, "seed": config.train.seed, **plan}
     if config.data.loader == "dali":
         options["decoder"] = dali_decoder(config)
     if config.data.loader == "device":
@@ -70,7 +86,9 @@ def open_split(
             recipes,
             shuffle=shuffle,
             drop_last=shuffle,
-            num_workers=config.data.num_workers,
+            num_workers=config.data.num_workers or num_cores(),
+            rank=rank(),
+            num_ranks=num_ranks(),
             **options,
         )
     except ValueError as error:
@@ -89,8 +107,10 @@ def dali_decoder(config: Config) -> Literal["cpu", "mixed"]:
 
 
 def use_threads(config: RunConfig) -> None:
-    """Let torch compute on the configured number of CPU threads, by default one a core."""
-    torch.set_num_threads(config.train.num_threads or len(os.sched_getaffinity(0)))
+    """Let torch compute on the configured number of CPU threads, by default one a core of this rank's share."""
+    torch.set_num_threads(config.train.num_threads or num_cores())
+    if num_ranks() > 1:  # the view stage's threads
+        numba.set_num_threads(min(num_cores(), numba.config.NUMBA_NUM_THREADS))
 
 
 def count_classes(config: Config) -> int:
@@ -117,17 +137,24 @@ class EvaluationSplits:
     def batches(self, split: Literal["train", "test"]) -> Iterator[Views]:
         """Every sample of a split once, in order, on the device."""
         if split not in self._loaders:
-            self._loaders[split] = open_split(self._config, split, self._recipes, shuffle=False)
+            loader = open_split(self._config, split, self._recipes, shuffle=False)
+            self._loaders[split] = loader
+            if loader.num_samples < num_ranks():
+                raise DataError(
+                    f"the {split} split: {loader.num_samples} samples cannot be dealt to {num_ranks()} ranks; "
+                    "train without --train.knn-every"
+                )
         make_views = resolve_view_stage(self._config.data.view_stage, self._device)
         with contextlib.closing(self._loaders[split].epoch(0)) as batches:
             for crops in batches:
                 yield make_views(to_device(crops, self._device), self._recipes)
 
     def knn_top1(self, backbone: nn.Module) -> float:
-        """Top-1 of plain kNN: the online evaluation."""
-        bank, bank_labels = extract_features(backbone, self.batches("train"))
-        queries, labels = extract_features(backbone, self.batches("test"))
-        return float(knn_accuracy(bank, bank_labels, queries, labels))
+        """Top-1 of plain kNN: the online evaluation. Each rank sees its part of both splits; all have the answer."""
+        with all_or_none():
+            bank, bank_labels = extract_features(backbone, self.batches("train"))
+            queries, labels = extract_features(backbone, self.batches("test"))
+        return knn_accuracy(bank, bank_labels, queries, labels)
 
     def close(self) -> None:
         """Close the loaders."""

@@ -36,6 +36,9 @@ class MethodOutput:
 class SimCLR(nn.Module):
     """Two views of an image are told from those of other images (Chen et al., ICML 2020)."""
 
+    by_sample = False
+    """Whether the loss is the mean of what each sample has by itself: then micro-batches need not meet in it."""
+
     def __init__(self, model: ModelConfig, method: MethodConfig, num_features: int) -> None:
         super().__init__()
         self.projector = _projector(model, num_features)
@@ -45,9 +48,12 @@ class SimCLR(nn.Module):
             info_nce if method.contrastive_loss == "info_nce" else nt_xent
         )
 
-    def forward(self, features1: Tensor, features2: Tensor) -> Tensor:
-        """(N, D) features of both views → scalar loss."""
-        z1, z2 = self.projector(features1), self.projector(features2)
+    def embed(self, features1: Tensor, features2: Tensor) -> tuple[Tensor, ...]:
+        """(N, D) features of both views → what the loss takes, (N, E) each."""
+        return self.projector(features1), self.projector(features2)
+
+    def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
+        """(N, E) embeddings of both views → scalar loss."""
         if self.fused:
             from fast_essl.kernels.info_nce import info_nce_fused
 
@@ -59,15 +65,21 @@ class SimCLR(nn.Module):
 class SimSiam(nn.Module):
     """One view's embedding predicts the other's, which no gradient reaches (Chen and He, CVPR 2021)."""
 
+    by_sample = True
+
     def __init__(self, model: ModelConfig, method: MethodConfig, num_features: int) -> None:
         super().__init__()
         self.projector = _projector(model, num_features)
         self.predictor = predictor(model.projector_out, hidden=model.predictor_hidden)
 
-    def forward(self, features1: Tensor, features2: Tensor) -> Tensor:
-        """(N, D) features of both views → scalar loss."""
+    def embed(self, features1: Tensor, features2: Tensor) -> tuple[Tensor, ...]:
+        """(N, D) features of both views → what the loss takes, (N, E) each."""
         z1, z2 = self.projector(features1), self.projector(features2)
         p1, p2 = self.predictor(z1), self.predictor(z2)
+        return p1, p2, z1, z2
+
+    def loss(self, p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
+        """(N, E) predictions and embeddings of both views → scalar loss."""
         with _full_precision(z1):
             return negative_cosine(p1.float(), p2.float(), z1.float(), z2.float())
 
@@ -75,14 +87,19 @@ class SimSiam(nn.Module):
 class BarlowTwins(nn.Module):
     """The views' embeddings agree in each dimension, and the dimensions differ (Zbontar et al., ICML 2021)."""
 
+    by_sample = False
+
     def __init__(self, model: ModelConfig, method: MethodConfig, num_features: int) -> None:
         super().__init__()
         self.projector = _projector(model, num_features)
         self._off_diagonal_weight = method.off_diagonal_weight
 
-    def forward(self, features1: Tensor, features2: Tensor) -> Tensor:
-        """(N, D) features of both views → scalar loss."""
-        z1, z2 = self.projector(features1), self.projector(features2)
+    def embed(self, features1: Tensor, features2: Tensor) -> tuple[Tensor, ...]:
+        """(N, D) features of both views → what the loss takes, (N, E) each."""
+        return self.projector(features1), self.projector(features2)
+
+    def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
+        """(N, E) embeddings of both views → scalar loss."""
         with _full_precision(z1):
             return barlow_twins(z1.float(), z2.float(), self._off_diagonal_weight)
 
@@ -120,10 +137,18 @@ class ESSL(nn.Module):
         """The predictor's, whose learning rate no schedule lowers (SimSiam paper, section 4.3)."""
         return list(self.ssl.predictor.parameters()) if isinstance(self.ssl, SimSiam) else []
 
-    def forward(self, views: Views) -> MethodOutput:
-        """The losses of a batch, on the backbone's features of every input."""
+    def embed(self, views: Views) -> tuple[Tensor, ...]:
+        """What the SSL loss takes of a batch, (N, E) each."""
+        features1, features2 = self._features(views, for_ssl_alone=True)[:2]
+        return self.ssl.embed(features1, features2)
+
+    def forward(self, views: Views, ssl_loss_of: Callable[..., Tensor] | None = None) -> MethodOutput:
+        """The losses of a batch, on the backbone's features of every input.
+
+        Args: `ssl_loss_of` the embeddings stands in for the method's own SSL loss (gradient accumulation).
+        """
         features1, features2, *transformed_features = self._features(views)
-        ssl_loss = self.ssl(features1, features2)
+        ssl_loss = (ssl_loss_of or self.ssl.loss)(*self.ssl.embed(features1, features2))
         loss, equivariance_loss, equivariance_accuracy, online_accuracy = ssl_loss, None, None, None
         if self.head is not None:
             if views.transformed is None or views.transformed_labels is None:
@@ -148,13 +173,16 @@ class ESSL(nn.Module):
             online_accuracy=online_accuracy,
         )
 
-    def _features(self, views: Views) -> list[Tensor]:
+    def _features(self, views: Views, *, for_ssl_alone: bool = False) -> list[Tensor]:
         """Of both views and, where there is a head, of the transformed copies, in as many passes as configured.
 
         On its own, each input is normalised by its own statistics; together they share them, in fewer, larger kernels.
+
+        Args: `for_ssl_alone` leaves the copies out where the views' features do not depend on them.
         """
         inputs = list(views.views)
-        if self.head is not None and views.transformed is not None:
+        wanted = not for_ssl_alone or self.passes == "joint_all"
+        if self.head is not None and views.transformed is not None and wanted:
             inputs.append(views.transformed)
         if self.passes == "separate":
             return [self.backbone(images) for images in inputs]

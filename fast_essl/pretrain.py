@@ -8,8 +8,8 @@ in the same weights, bit for bit, as one that was never stopped.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Generator
@@ -20,12 +20,16 @@ import torch
 from tqdm import tqdm
 
 from fast_essl import run_folder
+from fast_essl.accumulation import accumulate_gradients, in_passes
+from fast_essl.batch_norm import synchronise_batch_norm
 from fast_essl.config import Config, ConfigError, RunConfig
 from fast_essl.config_io import config_to_toml
+from fast_essl.distributed import max_over_ranks, num_ranks, rank
 from fast_essl.evaluate_run import resolve_device, use_threads
 from fast_essl.interchange import load_backbone
 from fast_essl.methods import ESSL, build_method
 from fast_essl.optim import build_optimizer, set_learning_rates
+from fast_essl.ranks import all_or_none, data_parallel, share_buffers, together
 from fast_essl.run import Goal, Run, StopSignals, Summary
 from fast_essl.schedule import learning_rate_share
 from fast_essl.source import Source, image_source
@@ -37,13 +41,15 @@ def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Su
 
     Errors: `ConfigError` and `DataError` before any step for what does not fit together; as `train`.
     """
-    device, dtype = resolve_device(config)
-    _refuse_ranks(config.train.batch_size)
-    use_threads(config)
-    with image_source(config, device, dtype) as source:
-        method = build_method(config, num_classes=source.num_classes)
-        if config.train.init_from and not (run_dir / run_folder.CHECKPOINT).exists():
-            load_backbone(method.backbone, Path(config.train.init_from))
+    with contextlib.ExitStack() as stack:
+        with all_or_none():
+            device, dtype = resolve_device(config)
+            _refuse_ranks(config)
+            use_threads(config)
+            source = stack.enter_context(image_source(config, device, dtype))
+            method = build_method(config, num_classes=source.num_classes)
+            if config.train.init_from and not (run_dir / run_folder.CHECKPOINT).exists():
+                load_backbone(method.backbone, Path(config.train.init_from))
         return train(
             config,
             run_dir,
@@ -71,47 +77,67 @@ def train(
 
     Leaves in the folder: config.toml, environment.json, metrics.jsonl, last.pt and, when finished, backbone.pt.
     SIGINT and SIGTERM end the step at hand, save a checkpoint and return; a second one acts as without fast_essl.
+    Inside a process group all ranks call it alike: each trains on its part of every batch, and rank 0 writes.
 
     Args: `source` of the batches; `method` on the CPU, as initialised; `device` and autocast `dtype` to train with;
     `goal` that may end the run early; `before_clock` is called with the method on the device before time is counted.
     Errors: `ConfigError` and `DataError` before any step for a checkpoint of another configuration or dataset,
-    `NonFiniteLossError`, `DataError` for a sample that does not decode.
+    `NonFiniteLossError`, `DataError` for a sample that does not decode; as `all_or_none`.
     """
     settings = config.train
-    method.check(device)
+    steps_per_epoch = len(source.loader) // settings.accumulate
+    if steps_per_epoch == 0:
+        raise ConfigError(f"train.batch_size = {settings.batch_size}: an epoch has fewer samples")
+    schedule_steps = settings.epochs * steps_per_epoch
+    last_step = min(schedule_steps, settings.max_steps or schedule_steps)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(run_folder.held(run_dir))
-        steps_per_epoch = len(source.loader)
-        schedule_steps = settings.epochs * steps_per_epoch
-        last_step = min(schedule_steps, settings.max_steps or schedule_steps)
+        with all_or_none():
+            method.check(device)
+            if rank() == 0:
+                stack.enter_context(run_folder.held(run_dir))
+        if num_ranks() > 1 and settings.sync_batch_norm:
+            synchronise_batch_norm(method, device)
         method = method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if settings.compile != "none":
             # In place, so that the checkpoint's names stay; the loss and the heads are a few kernels.
             method.backbone.compile(mode=settings.compile, dynamic=False)
         if before_clock is not None:
             before_clock(method)
-        optimizer = build_optimizer(
-            method.parameters(),
-            config.optimizer,
-            batch_size=settings.batch_size,
-            constant_rate_parameters=method.constant_rate_parameters(),
-        )
         scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-        run = Run(
-            config,
-            run_dir,
-            method=method,
-            backbone=method.backbone,
-            optimizer=optimizer,
-            scaler=scaler,
-            dataset_digest=source.digest,
-        )
-        stack.callback(run.close)
+        with all_or_none():
+            optimizer = build_optimizer(
+                method.parameters(),
+                config.optimizer,
+                batch_size=settings.batch_size,
+                constant_rate_parameters=method.constant_rate_parameters(),
+            )
+            run = Run(
+                config,
+                run_dir,
+                method=method,
+                backbone=method.backbone,
+                optimizer=optimizer,
+                scaler=scaler,
+                dataset_digest=source.digest,
+            )
+            stack.callback(run.close)
+        with all_or_none():
+            _require_one_run(config, run.step, source.digest)
         if run.step >= last_step:
             return _summary(run, "already finished", last_step)
-        (run_dir / run_folder.CONFIG).write_text(config_to_toml(config), encoding="utf-8")
-        environment = run_folder.describe_environment(shlex.join(sys.argv))
-        (run_dir / run_folder.ENVIRONMENT).write_text(json.dumps(environment, indent=2) + "\n")
+        with all_or_none():
+            if rank() == 0:
+                (run_dir / run_folder.CONFIG).write_text(config_to_toml(config), encoding="utf-8")
+                environment = run_folder.describe_environment(shlex.join(sys.argv))
+                environment["num_ranks"] = num_ranks()
+                (run_dir / run_folder.ENVIRONMENT).write_text(json.dumps(environment, indent=2) + "\n")
+        model = data_parallel(method, device)
+
+        def compute(function: Callable[..., Any], *arguments: Any) -> Any:
+            if settings.compile != "none":
+                torch.compiler.cudagraph_mark_step_begin()
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
+                return function(*arguments)
 
         def evaluate_if_due(finished: bool = False) -> bool:
             """Whether the goal's accuracy is reached."""
@@ -121,6 +147,7 @@ def train(
             )
             if not (due or (finished and goal is not None)) or run.evaluated_step == run.step:
                 return False
+            share_buffers(method)
             values = run.evaluate((run.step - 1) // steps_per_epoch, lambda: source.evaluate(method.backbone))
             return goal is not None and values["knn_top1"] >= goal.accuracy
 
@@ -129,17 +156,21 @@ def train(
                 total=last_step,
                 initial=run.step,
                 unit="step",
-                disable=not show_progress,
+                disable=not show_progress or rank() > 0,
                 mininterval=0.5 if sys.stderr.isatty() else 20,
             )
         )
         signals = stack.enter_context(StopSignals())
-        batches = stack.enter_context(contextlib.closing(_steps(source.loader, run.step, last_step)))
+        steps = stack.enter_context(
+            contextlib.closing(_steps(source.loader, run.step, last_step, settings.accumulate))
+        )
+        micro_batches = in_passes(together(run.meter.waiting_for(steps)), method)
+        views = staged(micro_batches, source.make_views, device)
         method.train()
         if evaluate_if_due():  # where a signal came between an epoch's last step and its evaluation
             run.save(finished=True)
             return _summary(run, "finished", last_step)
-        for views in staged(run.meter.waiting_for(batches), source.make_views, device):
+        while run.step < last_step:
             per_epoch = config.optimizer.schedule == "epoch"
             share = learning_rate_share(
                 run.step - run.step % steps_per_epoch if per_epoch else run.step,
@@ -148,19 +179,28 @@ def train(
                 final=config.optimizer.final_learning_rate,
             )
             set_learning_rates(optimizer, share)
-            if settings.compile != "none":
-                torch.compiler.cudagraph_mark_step_begin()
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
-                output = method(views)
             optimizer.zero_grad()
-            scaler.scale(output.loss).backward()
+            if settings.accumulate == 1:
+                output = compute(model, next(views))
+                scaler.scale(output.loss).backward()
+            else:
+                output = accumulate_gradients(
+                    model,
+                    method,
+                    views,
+                    num_micro_batches=settings.accumulate,
+                    scaler=scaler,
+                    compute=compute,
+                )
             scaler.step(optimizer)
             scaler.update()
-            run.end_step(output.loss, len(views.labels))
+            run.end_step(output.loss, settings.batch_size)
             bar.update()
 
-            finished = run.step == last_step or (goal is not None and run.elapsed_s() >= goal.budget_s)
-            stopped = signals.number is not None and not finished
+            in_time = goal is None or not max_over_ranks(int(run.elapsed_s() >= goal.budget_s))
+            finished = run.step == last_step or not in_time
+            signal_number = max_over_ranks(signals.number or 0)
+            stopped = signal_number > 0 and not finished
             if run.step % settings.log_every == 0 or finished:
                 line = run.log(
                     epoch=(run.step - 1) // steps_per_epoch,
@@ -175,22 +215,39 @@ def train(
             if not stopped and evaluate_if_due(finished):
                 finished = True
             if run.step % settings.checkpoint_every == 0 or finished or stopped:
+                share_buffers(method)
                 run.save(finished=finished)
             if stopped:
-                return _summary(run, "stopped", last_step, signals.number)
+                return _summary(run, "stopped", last_step, signal_number)
             if finished:
                 break
         return _summary(run, "finished", last_step)
 
 
-def _refuse_ranks(batch_size: int) -> None:
-    """Errors: `ConfigError` under a launcher of several ranks: training on them is not there yet."""
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if num_ranks > 1 and batch_size % num_ranks:
-        raise ConfigError(f"train.batch_size = {batch_size}: must be a multiple of the {num_ranks} ranks")
-    if num_ranks > 1:
+def _refuse_ranks(config: Config) -> None:
+    """Errors: `ConfigError` for a batch that cannot be dealt to ranks and micro-batches."""
+    settings = config.train
+    parts = num_ranks() * settings.accumulate
+    if settings.batch_size % parts:
         raise ConfigError(
-            f"WORLD_SIZE = {num_ranks}: pretraining runs on one rank so far; start it without torchrun"
+            f"train.batch_size = {settings.batch_size}: must be a multiple of {parts}, the {num_ranks()} ranks times "
+            f"train.accumulate = {settings.accumulate}"
+        )
+    if not settings.sync_batch_norm and num_ranks() > 1 and settings.batch_size // parts < 2:
+        raise ConfigError(
+            f"train.batch_size = {settings.batch_size}: leaves each of {num_ranks()} ranks one sample at a time, and "
+            "BatchNorm needs two; set train.sync_batch_norm, or more samples"
+        )
+
+
+def _require_one_run(config: RunConfig, step: int, digest: str) -> None:
+    """Errors: `ConfigError` where another rank has another configuration, other images or another checkpoint."""
+    text = f"{config_to_toml(config)}{digest}{step}"
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+    if max_over_ranks(number) != -max_over_ranks(-number):
+        raise ConfigError(
+            f"rank 0 to {num_ranks() - 1} do not see one run: configuration, images and run folder have to be the "
+            "same for all, and the folder on storage that all machines share"
         )
 
 
@@ -210,13 +267,15 @@ def _summary(
     )
 
 
-def _steps(loader: Any, step: int, last_step: int) -> Generator[Any]:
-    """The batches of steps `step`, …, `last_step - 1`, from as many epochs as it takes."""
+def _steps(loader: Any, step: int, last_step: int, num_micro_batches: int) -> Generator[tuple[Any, ...]]:
+    """The micro-batches of steps `step`, …, `last_step - 1`, from as many epochs as it takes."""
     while step < last_step:
-        epoch, start_step = divmod(step, len(loader))
-        with contextlib.closing(loader.epoch(epoch, start_step=start_step)) as batches:
-            for batch in batches:
-                yield batch
+        epoch, start_step = divmod(step, len(loader) // num_micro_batches)
+        start = start_step * num_micro_batches
+        with contextlib.closing(loader.epoch(epoch, start_step=start)) as batches:
+            # As many times the same iterator: groups of so many batches; what is left at the end makes no step.
+            for micro_batches in zip(*[batches] * num_micro_batches, strict=False):
+                yield micro_batches
                 step += 1
                 if step == last_step:
                     return

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,13 @@ from fast_essl import run_folder
 from fast_essl.checkpoint import FORMAT_VERSION, load_checkpoint, save_checkpoint, save_file
 from fast_essl.config import RunConfig
 from fast_essl.config_io import config_to_table
+from fast_essl.distributed import max_over_ranks, mean_over_ranks, rank
+from fast_essl.ranks import all_or_none
+
+T = TypeVar("T")
+
+NO_STEP = 2**62
+"""A number above that of any step."""
 
 
 class NonFiniteLossError(Exception):
@@ -52,7 +59,10 @@ class Goal:
 
 
 class Run:
-    """A run's step, metrics and checkpoint; `pretrain` drives it."""
+    """A run's step, metrics and checkpoint; `pretrain` drives it.
+
+    With several ranks all read the checkpoint, rank 0 alone writes, and all come to every method at the same steps.
+    """
 
     def __init__(
         self,
@@ -87,9 +97,11 @@ class Run:
             self.evaluated_step = state["evaluated_step"]
             self._elapsed_before_s = state["elapsed_s"]
             num_metrics_bytes = state["metrics_num_bytes"]
-        self._metrics = run_folder.MetricsFile(run_dir / run_folder.METRICS, num_bytes=num_metrics_bytes)
+        self._metrics = None
+        if rank() == 0:
+            self._metrics = run_folder.MetricsFile(run_dir / run_folder.METRICS, num_bytes=num_metrics_bytes)
         device = next(method.parameters()).device
-        self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self._first_bad_step = torch.full((), NO_STEP, dtype=torch.int64, device=device)
         self.meter = Meter()
         self._started = time.perf_counter()
         self._first_step_ended: float | None = None
@@ -101,12 +113,13 @@ class Run:
 
     def close(self) -> None:
         """Close the metrics file."""
-        self._metrics.close()
+        if self._metrics is not None:
+            self._metrics.close()
 
     def end_step(self, loss: Tensor, num_samples: int) -> None:
         """Count a step and note, on the device, whether its loss is finite; does not wait for the device."""
         self.step += 1
-        bad = (self._first_bad_step < 0) & ~torch.isfinite(loss.detach())
+        bad = (self._first_bad_step == NO_STEP) & ~torch.isfinite(loss.detach())
         self._first_bad_step = torch.where(bad, self.step, self._first_bad_step)
         self.meter.num_samples += num_samples
         if (
@@ -119,13 +132,16 @@ class Run:
     def log(self, *, epoch: int, learning_rate: float, **measured: Tensor | None) -> dict[str, Any]:
         """Write a step's line to metrics.jsonl and return it. Waits for the device.
 
-        Args: `measured` are scalars on the device, None where the method has none.
+        Args: `measured` are scalars on the device, None where the method has none; the mean over ranks is written, as
+        that of the data-wait share.
         Errors: `NonFiniteLossError`.
         """
         self._check_losses()
-        there = {name: value.detach().float() for name, value in measured.items() if value is not None}
-        values = dict(zip(there, torch.stack(list(there.values())).tolist(), strict=True))
         samples_per_s, data_wait_share = self.meter.read()
+        there = {name: value.detach().float() for name, value in measured.items() if value is not None}
+        there["data_wait_share"] = self._first_bad_step.new_tensor(data_wait_share, dtype=torch.float32)
+        means = mean_over_ranks(torch.stack(list(there.values()))).tolist()
+        values = dict(zip(there, means, strict=True))
         line = {
             "type": "step",
             "epoch": epoch,
@@ -133,10 +149,10 @@ class Run:
             **{name: values.get(name) for name in measured},
             "learning_rate": learning_rate,
             "samples_per_s": round(samples_per_s, 2),
-            "data_wait_share": round(data_wait_share, 4),
+            "data_wait_share": round(values["data_wait_share"], 4),
             "elapsed_s": round(self.elapsed_s(), 3),
         }
-        self._metrics.write(**line)
+        self._write(**line)
         return line
 
     def evaluate(self, epoch: int, evaluation: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -149,7 +165,7 @@ class Run:
         if self._first_step_ended is not None:
             self._first_step_ended += took_s
         self.evaluated_step = self.step
-        self._metrics.write(
+        self._write(
             type="eval",
             epoch=epoch,
             step=self.step,
@@ -160,7 +176,7 @@ class Run:
         return values
 
     def save(self, *, finished: bool = False) -> None:
-        """Write last.pt, and the backbone alone when the run is finished. Waits for the device.
+        """Write last.pt, and the backbone alone when the run is finished. Waits for the device, and ranks for rank 0.
 
         Errors: `NonFiniteLossError`, before anything is written; `OSError`.
         """
@@ -171,6 +187,12 @@ class Run:
             raise NonFiniteLossError(
                 f"the weights are not finite after step {self.step}; {self._last_good()}"
             )
+        with all_or_none():
+            if self._metrics is not None:
+                self._write_checkpoint(state, num_metrics_bytes=self._metrics.num_bytes(), finished=finished)
+        self._saved_step = self.step
+
+    def _write_checkpoint(self, state: dict[str, Tensor], *, num_metrics_bytes: int, finished: bool) -> None:
         if finished:
             backbone = {
                 "format_version": FORMAT_VERSION,
@@ -186,12 +208,15 @@ class Run:
             step=self.step,
             evaluated_step=self.evaluated_step,
             elapsed_s=self.elapsed_s(),
-            metrics_num_bytes=self._metrics.num_bytes(),
+            metrics_num_bytes=num_metrics_bytes,
             method=state,
             optimizer=self._optimizer.state_dict(),
             scaler=self._scaler.state_dict(),
         )
-        self._saved_step = self.step
+
+    def _write(self, **line: Any) -> None:
+        if self._metrics is not None:
+            self._metrics.write(**line)
 
     def elapsed_s(self) -> float:
         """Seconds of all calls so far."""
@@ -204,8 +229,8 @@ class Run:
         return self._num_samples / (time.perf_counter() - self._first_step_ended)
 
     def _check_losses(self) -> None:
-        first_bad_step = int(self._first_bad_step)
-        if first_bad_step >= 0:
+        first_bad_step = -max_over_ranks(-int(self._first_bad_step))  # of all ranks, so that all of them stop
+        if first_bad_step < NO_STEP:
             raise NonFiniteLossError(f"the loss is not finite at step {first_bad_step}; {self._last_good()}")
 
     def _last_good(self) -> str:
@@ -246,7 +271,7 @@ class Meter:
         self.wait_s = 0.0
         self.num_samples = 0
 
-    def waiting_for(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def waiting_for(self, batches: Iterator[T]) -> Iterator[T]:
         """Pass batches on, adding up the time until each is there."""
         while True:
             before = time.perf_counter()

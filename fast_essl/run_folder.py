@@ -12,7 +12,7 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -49,6 +49,18 @@ class MetricsFile:
         self._file.close()
 
 
+_LOCKS: list[TextIO] = []
+
+
+def _let_go_of_locks() -> None:
+    """A lock is held as long as any process has it open, and the loader's outlive a killed trainer by seconds."""
+    while _LOCKS:
+        _LOCKS.pop().close()
+
+
+os.register_at_fork(after_in_child=_let_go_of_locks)
+
+
 @contextlib.contextmanager
 def held(run_dir: Path) -> Iterator[None]:
     """Create the folder and hold it for this process alone. Errors: `ConfigError` while another one trains there."""
@@ -58,7 +70,11 @@ def held(run_dir: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"{run_dir}: another process trains here; choose another --run-dir") from None
-        yield
+        _LOCKS.append(lock)
+        try:
+            yield
+        finally:
+            _LOCKS.remove(lock)
 
 
 def describe_environment(command: str) -> dict[str, Any]:

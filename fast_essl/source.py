@@ -20,13 +20,13 @@ from loaders.views import resolve_view_stage
 
 
 class Loader(Protocol):
-    """What the training loop asks of a loader."""
+    """What the training loop asks of a loader: this rank's part of micro-batches of batch_size / accumulate samples."""
 
     def __len__(self) -> int:
-        """Steps an epoch."""
+        """Micro-batches an epoch: steps, without accumulation."""
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Any]:
-        """The batches of an epoch from `start_step` on, as `make_views` takes them.
+        """The batches of an epoch from number `start_step` on, as `make_views` takes them.
 
         What it holds is freed with the generator.
         """
@@ -40,7 +40,7 @@ class Source:
     make_views: Callable[[Any], Views]
     """A batch of the loader, on the training device, to what the method takes."""
     evaluate: Callable[[nn.Module], dict[str, float]]
-    """The online evaluation of a backbone: {metric: value}, written to metrics.jsonl."""
+    """The online evaluation of a backbone, {metric: value}, written to metrics.jsonl; all ranks call it."""
     digest: str
     """Names the data's content; a run is only continued on the same."""
     num_classes: int

@@ -91,6 +91,7 @@ class TorchLoader:
             num_workers=self.num_workers,
             prefetch_factor=2,
             multiprocessing_context="fork",
+            worker_init_fn=_leave_process_group,
         )
         for indices, images in zip(batches, steps, strict=True):
             if isinstance(images, DataError):
@@ -99,6 +100,11 @@ class TorchLoader:
 
     def close(self) -> None:
         """Nothing outlives an epoch."""
+
+
+def _leave_process_group(worker: int) -> None:
+    """A signal to the trainer's group, as torchrun sends it, is the trainer's business: it ends its workers itself."""
+    os.setpgid(0, 0)
 
 
 class _Batches(Dataset[list[torch.Tensor] | DataError]):

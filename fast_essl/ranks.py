@@ -1,0 +1,169 @@
+"""The processes of a run under torchrun: their group, and what all of them do or none.
+
+Every rank runs the same program. What only one of them meets, a file that is not on its machine, a sample that does
+not decode, a signal, is told to the others where all of them come by: `all_or_none`. Otherwise they would wait for it
+in the next collective. A rank that is killed closes its connections, which ends the others at once; `TIMEOUT` is for
+one that lives and does not come on, and has to leave time for a slow compilation or storage on one of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+from fast_essl.config import ConfigError
+from fast_essl.distributed import max_over_ranks, num_ranks, rank
+from loaders.errors import DataError
+
+T = TypeVar("T")
+
+TIMEOUT = datetime.timedelta(minutes=10)
+"""How long a rank waits for the others in a collective."""
+
+
+class EndedByAnotherRankError(Exception):
+    """A rank cannot go on and has said why; this one ends with it, quietly."""
+
+
+class LostRankError(Exception):
+    """The connection to another rank broke; the message is one line."""
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Join the group of ranks that torchrun's environment describes; with one rank or none, do nothing.
+
+    Collectives on CPU tensors go by gloo, those on CUDA tensors by NCCL, on the device of number LOCAL_RANK.
+
+    Errors: `ConfigError` where the environment is not torchrun's; `LostRankError` when another rank is gone.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    missing = [
+        name
+        for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        if name not in os.environ
+    ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}, but {missing[0]} is not set: start ranks with torchrun"
+        )
+    on_cuda = torch.cuda.is_available()
+    if on_cuda and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():  # if not, resolve_device tells
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    try:
+        store, number, count = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+            store=PrefixStore(_agreed_name(store, number, count), store),
+            rank=number,
+            world_size=count,
+            timeout=TIMEOUT,
+        )
+        yield
+    except RuntimeError as error:  # the group is left as it is: with a rank gone, NCCL would wait for it
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+            raise
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise LostRankError(
+            f"another rank ended, or did not answer ({reason}); the same command continues from the checkpoint"
+        ) from error
+    except BaseException:
+        if dist.is_initialized():
+            dist.destroy_process_group()  # its threads would abort the interpreter's end
+        raise
+    dist.destroy_process_group()
+
+
+def _agreed_name(store: Store, number: int, count: int) -> str:
+    """A name that the ranks started now, and none before them, agree on.
+
+    torchrun (2.13) keeps one store for all its restarts, and in it the addresses of ranks that are gone. Each rank
+    says a new word, rank 0 publishes all words, and they hold when every rank has found its own among them.
+    """
+    own, deadline = uuid.uuid4().hex, time.monotonic() + TIMEOUT.total_seconds()
+    said: set[str] = set()
+    store.set(f"word/{number}", own)
+    while time.monotonic() < deadline:
+        if number == 0:
+            store.set("words", " ".join(store.get(f"word/{other}").decode() for other in range(count)))
+        words = store.get("words").decode()
+        if words.split()[number : number + 1] == [own]:
+            if words not in said:
+                store.add(words, 1)
+                said.add(words)
+            if store.add(words, 0) == count:
+                return words
+        time.sleep(0.05)
+    raise LostRankError(f"not all of the {count} ranks have come within {TIMEOUT}")
+
+
+def ranks_on_this_machine() -> int:
+    """Ranks that share this machine's cores and GPUs; 1 without a group."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if num_ranks() > 1 else 1
+
+
+def num_cores() -> int:
+    """This rank's share of the cores that it may use."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks_on_this_machine())
+
+
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """The body succeeds on every rank, or every rank raises: a rank where it failed its error, the others another.
+
+    Every rank has to come here, and the body may hold collectives only where all ranks fail alike.
+
+    Errors: those of the body, where it is the first rank that failed; else `EndedByAnotherRankError`.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except (ConfigError, DataError, OSError) as failure:
+        error = failure
+    first_failed = num_ranks() - max_over_ranks(0 if error is None else num_ranks() - rank())
+    if error is not None and rank() == first_failed:
+        raise error
+    if first_failed < num_ranks():
+        raise EndedByAnotherRankError(f"rank {first_failed} cannot go on")
+
+
+def together(items: Iterator[T]) -> Iterator[T]:
+    """Pass items on as long as every rank has its own. Errors: as `all_or_none`."""
+    while True:
+        with all_or_none():
+            item = next(items, None)
+        if item is None:
+            return
+        yield item
+
+
+def data_parallel(method: nn.Module, device: torch.device) -> nn.Module:
+    """The method, its gradients averaged over the ranks in the backward pass; itself on one rank.
+
+    Rank 0's weights become those of all, and its running statistics at every step.
+    """
+    if num_ranks() == 1:
+        return method
+    device_ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(method, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give every rank the running statistics of rank 0: those that are saved and evaluated."""
+    if num_ranks() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
