@@ -100,7 +100,8 @@ def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Ten
 def top_accuracy(scores: Tensor, labels: Tensor, n: int) -> float:
     """Share of the rows of (Q, C) scores whose label is among the n highest."""
     top = scores.topk(min(n, scores.shape[1]), dim=1).indices
-    return float((top == labels[:, None]).any(dim=1).float().mean())
+    # In float64: 480 of 1,000 are to meet a target of 0.48.
+    return float((top == labels[:, None]).any(dim=1).double().mean())
 
 
 def linear_probe(

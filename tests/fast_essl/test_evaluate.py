@@ -129,3 +129,12 @@ def test_features_come_in_the_order_of_the_batches():
         expected = torch.cat([backbone(views.views[0]) for views in batches(40, 0)])
     assert torch.allclose(features, expected, atol=1e-6) and features.dtype == torch.float32
     assert labels.tolist() == [number % 3 for number in range(40)]
+
+
+def test_an_accuracy_is_the_nearest_number_to_its_share():
+    """In float32, 480 of 1,000 would be less than 0.48."""
+    scores = torch.eye(2).repeat(500, 1)
+    labels = torch.zeros(1000, dtype=torch.int64)
+    labels[1::2][:480] = 1
+    labels[0::2] = 1
+    assert top_accuracy(scores, labels, 1) == 0.48

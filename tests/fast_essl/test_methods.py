@@ -85,7 +85,7 @@ def test_joint_passes_are_passes_of_the_concatenated_inputs(tiny_config, passes,
     for group in groups:
         together = separate.backbone(torch.cat([inputs[number] for number in group]))
         features.update(zip(group, together.split([len(inputs[number]) for number in group]), strict=True))
-    ssl = separate.ssl(features[0], features[1])
+    ssl = separate.ssl.loss(*separate.ssl.embed(features[0], features[1]))
     equivariance = F.cross_entropy(separate.head(features[2]), views.transformed_labels)
     assert torch.allclose(output.ssl_loss, ssl, rtol=1e-5)
     assert torch.allclose(output.equivariance_loss, equivariance, rtol=1e-5)
