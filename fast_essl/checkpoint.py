@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
-from fast_essl.config import Config, ConfigError
+from fast_essl.config import ConfigError, RunConfig
 from fast_essl.config_io import config_to_table, flatten
 from loaders.errors import DataError
 
 FORMAT_VERSION = 2
 RUN_ONLY_FIELDS = frozenset(
     {
-        "data.train",  # the dataset is compared by its digest, so a moved file is the same one
+        "data.file",  # the dataset is compared by its digest, so a moved file is the same one
         "data.test",
+        "data.train",
         "data.num_workers",
         "head.layer_norm",
         "method.contrastive_backend",
@@ -33,7 +34,8 @@ RUN_ONLY_FIELDS = frozenset(
     }
 )
 """The configuration fields that may change when a run is resumed, as those of the evaluations; others define it."""
-EVALUATION_SECTIONS = ("probe.", "finetune.", "speedrun.")
+OTHER_SECTIONS = ("probe.", "finetune.", "speedrun.", "study.", "cells.", "solver.", "counts.")
+"""Of evaluations; of how a file of unit cells was made, which is compared by its digest, too."""
 
 
 def save_file(path: Path, state: Mapping[str, Any]) -> None:
@@ -78,7 +80,7 @@ def load_file(path: Path) -> dict[str, Any]:
     return state
 
 
-def save_checkpoint(path: Path, *, config: Config, dataset_digest: str, **state: Any) -> None:
+def save_checkpoint(path: Path, *, config: RunConfig, dataset_digest: str, **state: Any) -> None:
     """Write a checkpoint: the given state, the configuration and the dataset it belongs to."""
     identity = {
         "format_version": FORMAT_VERSION,
@@ -88,7 +90,7 @@ def save_checkpoint(path: Path, *, config: Config, dataset_digest: str, **state:
     save_file(path, {**identity, **state})
 
 
-def load_checkpoint(path: Path, *, config: Config, dataset_digest: str) -> dict[str, Any]:
+def load_checkpoint(path: Path, *, config: RunConfig, dataset_digest: str) -> dict[str, Any]:
     """Read a checkpoint, provided that it is of this configuration and dataset.
 
     Errors: `ConfigError` naming the first fields that differ, `DataError` naming the dataset or the damaged file.
@@ -97,7 +99,7 @@ def load_checkpoint(path: Path, *, config: Config, dataset_digest: str) -> dict[
     saved, now = flatten(state["config"]), flatten(config_to_table(config))
     differing = [key for key in sorted(saved.keys() | now.keys()) if saved.get(key) != now.get(key)]
     differing = [
-        key for key in differing if key not in RUN_ONLY_FIELDS and not key.startswith(EVALUATION_SECTIONS)
+        key for key in differing if key not in RUN_ONLY_FIELDS and not key.startswith(OTHER_SECTIONS)
     ]
     if differing:
         shown = ", ".join(
@@ -106,8 +108,9 @@ def load_checkpoint(path: Path, *, config: Config, dataset_digest: str) -> dict[
         more = f" and {len(differing) - 3} fields more" if len(differing) > 3 else ""
         raise ConfigError(f"{path}: a run of another configuration: {shown}{more}; choose another --run-dir")
     if state["dataset_digest"] != dataset_digest:
+        data = now.get("data.train", now.get("data.file"))
         raise DataError(
-            f"{path}: a run on other images than {config.data.train} holds now "
+            f"{path}: a run on other images than {data} holds now "
             f"(digest {state['dataset_digest'][:12]} there, {dataset_digest[:12]} now); choose another --run-dir"
         )
     return state

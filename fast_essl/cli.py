@@ -18,13 +18,14 @@ from typing import NoReturn
 from fast_essl import __version__
 from fast_essl.bench.cli import add_parser as add_bench
 from fast_essl.config import Config, ConfigError
+from fast_essl.photonics.cli import add_parser as add_photonics
 from fast_essl.speedrun_command import add_speedrun
 from loaders.errors import DataError
 
 PRETRAIN_USAGE = "fast-essl pretrain CONFIG [--run-dir DIR] [--section.field VALUE ...]"
 
-TAKE_OVERRIDES = ("pretrain", "evaluate", "probe", "finetune", "study", "demo", "bench", "speedrun")
-"""Commands that take `--section.field VALUE`."""
+NO_OVERRIDES = ("convert", "export", "transformations", "report", "doctor")
+"""Commands that do not take `--section.field VALUE`."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,11 +38,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns its exit code."""
     parser = _build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command not in TAKE_OVERRIDES:
+    if rest and arguments.command in NO_OVERRIDES:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.overrides = rest
     try:
-        if _is_rank() and arguments.command in TAKE_OVERRIDES and arguments.command != "pretrain":
+        if _is_rank() and arguments.command not in (*NO_OVERRIDES, "pretrain"):
             raise ConfigError(f"{arguments.command} runs in one process; start it without torchrun")
         return int(arguments.run(arguments))
     except (ConfigError, DataError) as error:
@@ -91,9 +92,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("dest", nargs="?", type=Path, metavar="DEST.beton", help="the file to write")
     convert.add_argument("--verify", type=Path, metavar="DEST.beton", help="re-read all of a converted file")
-    convert.add_argument(
-        "--split", choices=("train", "test"), default="train", help="which part (default: train)"
-    )
+    convert.add_argument("--split", choices=("train", "test"), default="train", help="default: train")
     convert.add_argument(
         "--max-side", type=int, metavar="N", help="shrink longer images to N pixels (default: never)"
     )
@@ -183,9 +182,7 @@ def _build_parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report)
     report.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder")
 
-    doctor = commands.add_parser(
-        "doctor", help="what is installed and what would be used", allow_abbrev=False
-    )
+    doctor = commands.add_parser("doctor", help="what is installed and would be used", allow_abbrev=False)
     doctor.set_defaults(run=_doctor)
     doctor.add_argument(
         "files", nargs="*", type=Path, metavar="FILE.beton", help="tell whether it fits in memory"
@@ -205,6 +202,7 @@ def _build_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of runs and report (default: runs/photo-digits)"
     )
+    add_photonics(commands)
     return parser
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from fast_essl.config_commands import FinetuneConfig, ProbeConfig, SpeedrunConfig
 from fast_essl.config_commands import require as _require
@@ -350,3 +350,15 @@ class Config:
         """What the loader cuts from each image: two views and, for an equivariance weight above 0, the third crop."""
         views = (self.views.view1, self.views.view2)
         return (*views, self.views.transformed) if self.method.equivariance_weight > 0 else views
+
+
+class RunConfig(Protocol):
+    """What the training loop asks of a configuration: a `Config`, or that of another kind of data."""
+
+    @property
+    def train(self) -> TrainConfig:
+        """Length, batches, device, logging."""
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """Optimizer and schedule."""

@@ -14,11 +14,13 @@ import tomllib
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fast_essl.config import Config, ConfigError
 
 COMMAND_LINE = "command line"
+Settings = TypeVar("Settings")
+"""A dataclass of the form of `Config`: fields, and sections that are such dataclasses."""
 
 
 def find_config(name: Path) -> Path:
@@ -43,10 +45,14 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     Args: `overrides`, for example `["--train.max-steps", "20", "--views.view1.scale", "0.1", "1"]`.
     Errors: `ConfigError`; `OSError` when the file cannot be read.
     """
+    return load_settings(Config, path, overrides)
+
+
+def load_settings(kind: type[Settings], path: Path, overrides: list[str] | None = None) -> Settings:
+    """As `load_config`, for settings of any kind."""
     table = read_table(path)
-    overridden = apply_overrides(table, overrides or [])
-    sources = dict.fromkeys(overridden, COMMAND_LINE)
-    return config_from_table(table, source=str(path), sources=sources)
+    overridden = apply_overrides(table, overrides or [], kind)
+    return build_settings(kind, table, source=str(path), sources=dict.fromkeys(overridden, COMMAND_LINE))
 
 
 def read_table(path: Path) -> dict[str, Any]:
@@ -95,16 +101,23 @@ def config_from_table(table: dict[str, Any], *, source: str, sources: dict[str, 
     Args: `source` names the origin in errors; `sources` the origin of single dotted keys where it differs.
     Errors: `ConfigError`.
     """
-    config: Config = _build(Config, table, "", source, sources or {})
-    return config
+    return build_settings(Config, table, source=source, sources=sources)
 
 
-def config_to_table(config: Config) -> dict[str, Any]:
+def build_settings(
+    kind: type[Settings], table: dict[str, Any], *, source: str, sources: dict[str, str] | None = None
+) -> Settings:
+    """As `config_from_table`, for settings of any kind."""
+    settings: Settings = _build(kind, table, "", source, sources or {}, kind)
+    return settings
+
+
+def config_to_table(config: Any) -> dict[str, Any]:
     """The inverse of `config_from_table`: nested dicts of str, int, float, bool and lists of them."""
     return {key: _plain(value) for key, value in dataclasses.asdict(config).items()}
 
 
-def config_to_toml(config: Config) -> str:
+def config_to_toml(config: Any) -> str:
     """The resolved configuration as TOML text; reading it back gives an equal Config."""
     lines: list[str] = []
 
@@ -177,19 +190,22 @@ def _nearest(key: str, names: list[str]) -> str:
     return max(names, key=likeness)
 
 
-def _build(section: type, table: dict[str, Any], prefix: str, source: str, sources: dict[str, str]) -> Any:
+def _build(
+    section: type, table: dict[str, Any], prefix: str, source: str, sources: dict[str, str], kind: type
+) -> Any:
+    """A section of settings of a kind; `prefix` leads to it."""
     hints = _hints(section)
     values: dict[str, Any] = {}
     for name, value in table.items():
         key = prefix + name
         origin = sources.get(key, source)
         if name not in hints:
-            where, nearest = _unknown(key, value)
+            where, nearest = _unknown(key, value, kind)
             raise ConfigError(f"{origin}: unknown key {where}; the nearest valid name is {nearest}")
         if not dataclasses.is_dataclass(hints[name]):
             values[name] = _convert(value, hints[name], f"{origin}: {key}")
         elif isinstance(value, dict):
-            values[name] = _build(typing.cast(type, hints[name]), value, key + ".", source, sources)
+            values[name] = _build(typing.cast(type, hints[name]), value, key + ".", source, sources, kind)
         else:
             raise ConfigError(f"{origin}: {key} = {value!r}: must be a section, [{key}]")
     for item in dataclasses.fields(section):
@@ -198,7 +214,7 @@ def _build(section: type, table: dict[str, Any], prefix: str, source: str, sourc
             continue
         if dataclasses.is_dataclass(hints[item.name]):
             values[item.name] = _build(
-                typing.cast(type, hints[item.name]), {}, f"{prefix}{item.name}.", source, sources
+                typing.cast(type, hints[item.name]), {}, f"{prefix}{item.name}.", source, sources, kind
             )
         else:
             raise ConfigError(f"{source}: {prefix}{item.name} is missing and has no default")
@@ -209,9 +225,9 @@ def _build(section: type, table: dict[str, Any], prefix: str, source: str, sourc
         raise ConfigError(f"{sources.get(key, source)}: {prefix}{error}") from None
 
 
-def _unknown(key: str, value: Any) -> tuple[str, str]:
+def _unknown(key: str, value: Any, kind: type) -> tuple[str, str]:
     """How to show an unknown key (a section by its name alone), and the valid name nearest to it."""
-    types_by_key = _field_types(Config)
+    types_by_key = _field_types(kind)
     if isinstance(value, dict):
         sections = sorted({name.rpartition(".")[0] for name in types_by_key} - {""})
         return f"[{key}]", f"[{_nearest(key, sections)}]"
@@ -256,9 +272,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     raise ConfigError(f"{wrong} {kinds[hint]}")
 
 
-def apply_overrides(table: dict[str, Any], tokens: list[str]) -> list[str]:
+def apply_overrides(table: dict[str, Any], tokens: list[str], kind: type = Config) -> list[str]:
     """Write `--section.field VALUE…` (or `=VALUE`) into a nested table; returns the dotted keys written."""
-    types_by_key = _field_types(Config)
+    types_by_key = _field_types(kind)
     written: list[str] = []
     position = 0
     while position < len(tokens):

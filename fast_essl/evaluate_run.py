@@ -15,7 +15,7 @@ from torch import nn
 
 from fast_essl import run_folder
 from fast_essl.checkpoint import load_file
-from fast_essl.config import Config, ConfigError
+from fast_essl.config import Config, ConfigError, RunConfig
 from fast_essl.config_io import load_config
 from fast_essl.distributed import num_ranks, rank
 from fast_essl.evaluate import evaluate_backbone, extract_features, knn_accuracy
@@ -32,7 +32,7 @@ from loaders.recipe import Recipe
 from loaders.views import resolve_view_stage
 
 
-def resolve_device(config: Config) -> tuple[torch.device, torch.dtype]:
+def resolve_device(config: RunConfig) -> tuple[torch.device, torch.dtype]:
     """Where a run, or this rank of it, computes and in which autocast type.
 
     Errors: `ConfigError` for what this machine cannot do.
@@ -107,7 +107,7 @@ def dali_decoder(config: Config) -> Literal["cpu", "mixed"]:
     return wanted
 
 
-def use_threads(config: Config) -> None:
+def use_threads(config: RunConfig) -> None:
     """Let torch compute on the configured number of CPU threads, by default one a core of this rank's share."""
     torch.set_num_threads(config.train.num_threads or num_cores())
     if num_ranks() > 1:  # the view stage's threads

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from fast_essl.config import Config, ConfigError, MethodConfig, ModelConfig
 from fast_essl.heads import PredictionHead, prediction_head, predictor, projector
 from fast_essl.kernels import require_kernels
 from fast_essl.losses import barlow_twins, classification, info_nce, negative_cosine, nt_xent
-from fast_essl.resnet import ResNet, build_backbone
+from fast_essl.resnet import build_backbone
 from fast_essl.transformations import config_transformations
 from loaders.batch import Views
 
@@ -110,7 +110,7 @@ class ESSL(nn.Module):
 
     def __init__(
         self,
-        backbone: ResNet,
+        backbone: nn.Module,
         ssl: SimCLR | SimSiam | BarlowTwins,
         *,
         equivariance_weight: float,
@@ -120,7 +120,7 @@ class ESSL(nn.Module):
     ) -> None:
         """Put the parts together; `head` is None for the plain SSL method."""
         super().__init__()
-        self.backbone = backbone
+        self.backbone: Any = backbone  # a ResNet for images
         self.ssl = ssl
         self.head = head
         self.online_classifier = online_classifier

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from fast_essl import run_folder
 from fast_essl.accumulation import accumulate_gradients, in_passes
 from fast_essl.batch_norm import synchronise_batch_norm
-from fast_essl.config import Config, ConfigError
+from fast_essl.config import Config, ConfigError, RunConfig
 from fast_essl.config_io import config_to_toml
 from fast_essl.distributed import max_over_ranks, num_ranks, rank
 from fast_essl.evaluate_run import resolve_device, use_threads
@@ -34,7 +34,6 @@ from fast_essl.run import Goal, Run, StopSignals, Summary
 from fast_essl.schedule import learning_rate_share
 from fast_essl.source import Source, image_source
 from fast_essl.staging import staged
-from loaders.batch import Crops
 
 
 def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Summary:
@@ -63,7 +62,7 @@ def pretrain(config: Config, run_dir: Path, *, show_progress: bool = True) -> Su
 
 
 def train(
-    config: Config,
+    config: RunConfig,
     run_dir: Path,
     *,
     source: Source,
@@ -241,7 +240,7 @@ def _refuse_ranks(config: Config) -> None:
         )
 
 
-def _require_one_run(config: Config, step: int, digest: str) -> None:
+def _require_one_run(config: RunConfig, step: int, digest: str) -> None:
     """Errors: `ConfigError` where another rank has another configuration, other images or another checkpoint."""
     text = f"{config_to_toml(config)}{digest}{step}"
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
@@ -268,7 +267,7 @@ def _summary(
     )
 
 
-def _steps(loader: Any, step: int, last_step: int, num_micro_batches: int) -> Generator[tuple[Crops, ...]]:
+def _steps(loader: Any, step: int, last_step: int, num_micro_batches: int) -> Generator[tuple[Any, ...]]:
     """The micro-batches of steps `step`, …, `last_step - 1`, from as many epochs as it takes."""
     while step < last_step:
         epoch, start_step = divmod(step, len(loader) // num_micro_batches)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fast_essl import run_folder
 from fast_essl.checkpoint import FORMAT_VERSION, load_checkpoint, save_checkpoint, save_file
-from fast_essl.config import Config
+from fast_essl.config import RunConfig
 from fast_essl.config_io import config_to_table
 from fast_essl.distributed import max_over_ranks, mean_over_ranks, rank
 from fast_essl.ranks import all_or_none
@@ -66,7 +66,7 @@ class Run:
 
     def __init__(
         self,
-        config: Config,
+        config: RunConfig,
         run_dir: Path,
         *,
         method: nn.Module,

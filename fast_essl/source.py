@@ -15,7 +15,7 @@ from torch import nn
 from fast_essl.config import Config
 from fast_essl.evaluate_run import EvaluationSplits, count_classes, open_split
 from fast_essl.transformations import config_transformations
-from loaders.batch import Crops, Views
+from loaders.batch import Views
 from loaders.views import resolve_view_stage
 
 
@@ -25,8 +25,11 @@ class Loader(Protocol):
     def __len__(self) -> int:
         """Micro-batches an epoch: steps, without accumulation."""
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Crops]:
-        """The batches of an epoch from number `start_step` on; what it holds is freed with the generator."""
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Any]:
+        """The batches of an epoch from number `start_step` on, as `make_views` takes them.
+
+        What it holds is freed with the generator.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,7 @@ class Source:
     """What the training loop is fed with."""
 
     loader: Loader
-    make_views: Callable[[Crops], Views]
+    make_views: Callable[[Any], Views]
     """A batch of the loader, on the training device, to what the method takes."""
     evaluate: Callable[[nn.Module], dict[str, float]]
     """The online evaluation of a backbone, {metric: value}, written to metrics.jsonl; all ranks call it."""
@@ -54,10 +57,10 @@ class Stages:
     def __len__(self) -> int:
         return len(self._loaders[0])
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Crops]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Any]:
         """The batches of an epoch, from its stage's loader."""
         stage = bisect.bisect_right(self._first_epochs, epoch) - 1
-        batches: Generator[Crops] = self._loaders[stage].epoch(epoch, start_step=start_step)
+        batches: Generator[Any] = self._loaders[stage].epoch(epoch, start_step=start_step)
         return batches
 
 

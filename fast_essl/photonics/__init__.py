@@ -1,0 +1,1 @@
+"""E-SSL beyond natural images: the density of states of two-dimensional photonic crystals, from the physics up."""

@@ -1,0 +1,233 @@
+"""The paper's table on cells: four rows, over numbers of labels and seeds; what is finished is reused.
+
+<out>/<row>/seed<seed>/     a run: its checkpoint, and finetune-<num_labels>.json
+<out>/study.json            the table
+<out>/study.html, cells.html   the pages
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import statistics
+import threading
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+from typing import Any, get_args
+
+from fast_essl.evaluate_run import resolve_device
+from fast_essl.losses import dos_error
+from fast_essl.photonics.config import ROWS, PhotonicsConfig, Row, of_row
+from fast_essl.photonics.finetune import empty_lattice, finetune, labelled, result_path, target
+from fast_essl.photonics.generate import generate
+from fast_essl.photonics.model import build_cell_method
+from fast_essl.photonics.pretrain import pretrain_cells
+from fast_essl.photonics.store import CellFile
+from loaders.errors import DataError
+
+RESULTS = "study.json"
+METRICS = ("test_error", "validation_error")
+
+
+def run_study(
+    config: PhotonicsConfig,
+    out: Path,
+    *,
+    say: Callable[[str], None] = print,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """Make the cells where they are not there, run every row for every seed, print the table, write it to `out`.
+
+    Returns: `seeds`, `num_labels`, `empty_lattice_error` (of predicting no structure at all, on the test cells), and
+    `cells`: for each row and number of labels n, mean, sample standard deviation and values of both errors.
+    Errors: `ConfigError`, `DataError`, `OSError`, `NonFiniteLossError`.
+    """
+    device, _ = resolve_device(config)
+    rows: tuple[Row, ...] = get_args(Row)
+    runs = {(row, seed): of_row(config, row, seed) for row in rows for seed in config.study.seeds}
+    for row in rows:
+        build_cell_method(runs[row, config.study.seeds[0]])  # what cannot be built is said before any work
+    num_cores = len(os.sched_getaffinity(0))
+    file = generate(
+        config.data.file,
+        cells=config.cells,
+        solver=config.solver,
+        counts=config.counts,
+        device=device,
+        num_threads=num_cores,
+        show_progress=show_progress,
+        say=say,
+    )
+    for name in ("train", "validation", "test"):
+        labelled(file, name, config.data.file)
+    workers = config.study.workers or (num_cores if device.type == "cpu" else 1)
+    # Seed by seed: what is there when it is stopped compares all rows.
+    tasks = [(runs[row, seed], row, out / row / f"seed{seed}") for seed in config.study.seeds for row in rows]
+    for number, run_dir in enumerate(_all_run(tasks, workers, show_progress), start=1):
+        say(f"{number} of {len(tasks)} runs: {run_dir}")
+    result = {
+        "data": _about(file),
+        "seeds": list(config.study.seeds),
+        "num_labels": sorted(config.study.num_labels),
+        "empty_lattice_error": empty_lattice_error(file, config.data.file),
+        "cells": [
+            {"row": row, "num_labels": num_labels, **_spreads(out / row, num_labels, config.study.seeds)}
+            for row in rows
+            for num_labels in sorted(config.study.num_labels)
+        ],
+    }
+    (out / RESULTS).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    say(f"\n{table(result)}")
+    return result
+
+
+def run_chain(config: PhotonicsConfig, row: Row, run_dir: Path, show_progress: bool) -> None:
+    """Pretrain one row's run, where it has pretraining, and fine-tune it with each number of labels.
+
+    Errors: as `pretrain_cells` and `finetune`; a SIGINT or SIGTERM that stopped the run is raised again.
+    """
+    step = 0
+    if row != "none":
+        summary = pretrain_cells(config, run_dir, show_progress=show_progress)
+        if summary.signal_number is not None:
+            signal.raise_signal(summary.signal_number)
+        step = summary.step
+    for num_labels in sorted(config.study.num_labels):
+        settings = dataclasses.replace(config.finetune, num_labels=num_labels)
+        path = result_path(run_dir, num_labels)
+        if path.exists():
+            there = json.loads(path.read_text("utf-8"))
+            if (there["step"], there["protocol"]) == (step, dataclasses.asdict(settings)):
+                continue
+        finetune(
+            dataclasses.replace(config, finetune=settings),
+            run_dir,
+            pretrained=row != "none",
+            show_progress=show_progress,
+        )
+
+
+def empty_lattice_error(file: CellFile, path: Path) -> float:
+    """The test error of predicting every crystal as one without structure."""
+    truth = target(labelled(file, "test", path))
+    return float(dos_error(empty_lattice().expand_as(truth), truth))
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as text: relative errors in percent, mean ± sample standard deviation."""
+    numbers = result["num_labels"]
+    cells = {(cell["row"], cell["num_labels"]): cell["test_error"] for cell in result["cells"]}
+    width = max(map(len, ROWS.values())) + 2
+    num_seeds = len(result["seeds"])
+    lines = [
+        f"relative error of the density of states on {result['data']['test']} test cells, %; n = {num_seeds} seeds",
+        "",
+        f"{'labelled cells':<{width}}" + "".join(f"{number:>16}" for number in numbers),
+    ]
+    for row, name in ROWS.items():
+        shown = [f"{100 * s['mean']:.2f} ± {100 * s['stdev']:.2f}" for s in (cells[row, n] for n in numbers)]
+        lines.append(f"{name:<{width}}" + "".join(f"{text:>16}" for text in shown))
+    lines += ["", f"predicting no structure: {100 * result['empty_lattice_error']:.2f}"]
+    return "\n".join(lines)
+
+
+def _all_run(
+    tasks: list[tuple[PhotonicsConfig, Row, Path]], workers: int, show_progress: bool
+) -> Iterator[Path]:
+    """Run all, several at a time; yields the folder of each when it is done."""
+    if workers == 1:
+        for config, row, run_dir in tasks:
+            run_chain(config, row, run_dir, show_progress)
+            yield run_dir
+        return
+    # Two progress bars would write over each other: the study tells of finished runs instead.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    waiting, running = tasks[::-1], dict[Connection, tuple[BaseProcess, Path]]()
+    with _sigterm_raises():
+        try:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    task = waiting.pop()
+                    ours, theirs = context.Pipe(duplex=False)
+                    process = context.Process(target=_run_and_tell, args=(theirs, *task), daemon=True)
+                    process.start()
+                    theirs.close()
+                    running[ours] = process, task[2]
+                for connection in wait(list(running)):
+                    assert isinstance(connection, Connection)
+                    _raise_what_it_tells(connection, running[connection][1])
+                    yield running.pop(connection)[1]
+        finally:
+            for unfinished, _ in running.values():
+                unfinished.terminate()  # a run that pretrains saves a checkpoint first
+            for unfinished, _ in running.values():
+                unfinished.join()
+
+
+def _run_and_tell(connection: Connection, config: PhotonicsConfig, row: Row, run_dir: Path) -> None:
+    """Run a chain in a process of its own, and send its error or None."""
+    # Ctrl-C goes to all processes of the terminal; the first process alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    error: Exception | None = None
+    try:
+        run_chain(config, row, run_dir, show_progress=False)
+    except Exception as raised:
+        error = raised
+    connection.send(error)
+
+
+def _raise_what_it_tells(connection: Connection, run_dir: Path) -> None:
+    try:
+        error = connection.recv()
+    except EOFError:
+        raise DataError(
+            f"{run_dir}: its process died (killed, or out of memory): --study.workers 1 shows where; the same "
+            "command continues"
+        ) from None
+    if error is not None:
+        raise error
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM as an exception, so that what this process has started is stopped, too."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _spreads(row_dir: Path, num_labels: int, seeds: tuple[int, ...]) -> dict[str, Any]:
+    results = [
+        json.loads(result_path(row_dir / f"seed{seed}", num_labels).read_text("utf-8")) for seed in seeds
+    ]
+    spreads: dict[str, Any] = {}
+    for metric in METRICS:
+        values = [result[metric] for result in results]
+        spreads[metric] = {
+            "n": len(values),
+            "mean": statistics.fmean(values),
+            "stdev": statistics.stdev(values) if len(values) > 1 else 0.0,
+            "values": values,
+        }
+    return spreads
+
+
+def _about(file: CellFile) -> dict[str, Any]:
+    return {**{name: len(split) for name, split in file.splits.items()}, "digest": file.digest}
