@@ -138,7 +138,7 @@ def bench_file(folder: Path, **changes: Any) -> Path:
     content = {
         "device": "cuda",
         "rows": rows,
-        "config": {"train": {"epochs": 100}, "method": {"equivariance_weight": 0.4}},
+        "config": {"train": {"epochs": 100}, "method": {"equivariance_weight": 0.4, "passes": "separate"}},
         "config_batch_size": 4096,
         "data": {"bytes_per_sample": 100_000, "longer_side": 500},
         "method": {"num_parameters": 25_000_000, "num_norms": 50},
@@ -152,6 +152,16 @@ def test_a_job_is_read_from_what_bench_wrote(tmp_path: Path) -> None:
     job = read_job(bench_file(tmp_path), epochs=2, batch_size=512, max_side=400, step_samples_per_s=7.0)
     assert (job.num_samples, job.epochs, job.batch_size, job.max_side) == (1_281_167, 2, 512, 400)
     assert job.step_samples_per_s == 7
+
+
+@pytest.mark.parametrize(
+    ("weight", "passes", "num_passes"),
+    [(0.4, "joint_views", 2), (0.4, "joint_all", 1), (0, "separate", 2), (0, "joint_views", 1)],
+)
+def test_joint_passes_are_counted(tmp_path: Path, weight: float, passes: str, num_passes: int) -> None:
+    method = {"equivariance_weight": weight, "passes": passes}
+    config = {"train": {"epochs": 100}, "method": method}
+    assert read_job(bench_file(tmp_path, config=config)).num_passes == num_passes
 
 
 @pytest.mark.parametrize(
