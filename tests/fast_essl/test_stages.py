@@ -59,7 +59,7 @@ def test_a_run_with_stages_resumes_in_the_middle_of_one(tiny_config: Path, tmp_p
     [
         (
             "--views.sizes 8 12 --views.size-epochs 1",
-            r"views\.sizes = \(8, 12\): must be positive, the last one .* 16",
+            r"views\.sizes = \(8, 12\): must be from 1 to 4096 pixels, the last one .* 16",
         ),
         ("--views.sizes 8 16", r"views\.size_epochs = \(\): must be ascending epochs above 0, one less"),
         (
