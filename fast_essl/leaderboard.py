@@ -30,7 +30,8 @@ def read_records(record_dir: Path) -> dict[str, dict[str, Any]]:
             raise DataError(f"{path}: not a record ({error}); repair it or move it away") from None
         if isinstance(record, dict) and record.get("kind") == "speedrun":
             try:
-                _rank(record), _row(path.name, record)
+                _rank(record)
+                _row(path.name, record)
             except (KeyError, TypeError, AttributeError) as error:
                 raise DataError(
                     f"{path}: not a whole record ({error!r}); repair it or move it away"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from loaders.batch import Crops, Views
+from loaders.batch import Crops, Views, uploaded
 
 
 def to_device(crops: Crops, device: torch.device) -> Crops:
@@ -16,9 +16,9 @@ def to_device(crops: Crops, device: torch.device) -> Crops:
         return crops
     return dataclasses.replace(
         crops,
-        images=tuple(_uploaded(image, device) for image in crops.images),
-        labels=_uploaded(crops.labels, device),
-        indices=_uploaded(crops.indices, device),
+        images=tuple(uploaded(image, device) for image in crops.images),
+        labels=uploaded(crops.labels, device),
+        indices=uploaded(crops.indices, device),
     )
 
 
@@ -56,10 +56,3 @@ def staged(
                     training
                 )  # its memory is not to be given out anew before the step has read it
         yield views
-
-
-def _uploaded(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if tensor.is_cuda:
-        return tensor
-    pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
-    return pinned.to(device, non_blocking=True)

@@ -37,3 +37,11 @@ class Views:
     """(N,) int64 class numbers."""
     indices: torch.Tensor
     """(N,) int64 sample indices."""
+
+
+def uploaded(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device, if it is a CUDA device; by way of pinned memory, so that nothing waits for the copy."""
+    if tensor.is_cuda or device.type != "cuda":
+        return tensor
+    pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+    return pinned.to(device, non_blocking=True)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loaders.batch import Crops
+from loaders.batch import Crops, uploaded
 from loaders.errors import DataError
 from loaders.images import BetonImages, open_beton
 from loaders.manifest import Manifest
@@ -83,8 +83,8 @@ class DeviceLoader:
             raise ValueError("the loader is closed")
         for batch in self.plan.batches(epoch, start_step):
             crops = self.plan.crops(epoch, batch, ())
-            pixels = self._pixels[_uploaded(crops.indices, self._pixels.device)]
-            boxes = _uploaded(torch.from_numpy(crops.parameters.box), self._pixels.device)
+            pixels = self._pixels[uploaded(crops.indices, self._pixels.device)]
+            boxes = uploaded(torch.from_numpy(crops.parameters.box), self._pixels.device)
             images = tuple(
                 resized_crops(pixels, boxes[:, view], recipe.size, recipe.interpolation)
                 for view, recipe in enumerate(self.plan.recipes)
@@ -164,8 +164,3 @@ def _free_bytes(device: torch.device) -> int:
     with open("/proc/meminfo", encoding="ascii") as lines:
         kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     return kib * 1024
-
-
-def _uploaded(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device; from pinned memory, so that nothing waits for the copy."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

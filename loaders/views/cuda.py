@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loaders.batch import Crops, Views
+from loaders.batch import Crops, Views, uploaded
 from loaders.parameters import ViewParameters
 from loaders.recipe import Recipe
 from loaders.transformation import Transformation, crop_transformation, source_pixels
@@ -70,7 +70,7 @@ def make_views(
     if equivariance is not None:
         transformed, device = made.pop(), crops.labels.device
         all_labels = equivariance.labels(len(crops.labels), device)
-        transformed_labels = all_labels if labels is None else _uploaded(labels, device)
+        transformed_labels = all_labels if labels is None else uploaded(labels, device)
     return Views(
         views=tuple(made),
         transformed=transformed,
@@ -114,13 +114,13 @@ def _augment(
         if labels is None:
             copies = transformation.copies(view)
         else:
-            copies = transformation.one_each(view, _uploaded(torch.from_numpy(labels), images.device))
+            copies = transformation.one_each(view, uploaded(torch.from_numpy(labels), images.device))
         return normalise(copies, recipe).to(dtype, memory_format=torch.channels_last)
     num_copies = transformation.num_elements if transformation is not None and labels is None else 1
     out = torch.empty((num_copies * num_images, size, size, 3), dtype=dtype, device=images.device)
     blurred = np.flatnonzero(table.blur_sigma > 0).astype(np.int32)
     rows, weights, max_radius = _packed(table, labels, blurred, size)
-    packed = _uploaded(torch.from_numpy(np.concatenate([rows, blurred, weights])), images.device)
+    packed = uploaded(torch.from_numpy(np.concatenate([rows, blurred, weights])), images.device)
     rows_, blurred_, weights_ = packed.split([len(rows), len(blurred), len(weights)])
     weights_ = weights_.view(torch.float32)
     parameters = rows_, rows_.view(torch.float32)  # the same memory, as integers and as floats
@@ -195,11 +195,6 @@ def _blur_weights(sigmas: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32), radii
 
 
-def _uploaded(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device; from pinned memory, so that nothing waits for the copy."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
 @functools.cache
 def _destinations(
     transformation: Transformation, size: int, device: torch.device
@@ -219,7 +214,7 @@ def _destinations(
     steps = [grids.diff(dim=dim).abs().eq(1).sum(dim=(1, 2)) for dim in (1, 2)]
     transposed = steps[0] > steps[1]
     grids = torch.where(transposed.view(-1, 1, 1), grids.transpose(1, 2), grids)
-    return _uploaded(grids.flatten(1).int(), device), _uploaded(transposed.int(), device)
+    return uploaded(grids.flatten(1).int(), device), uploaded(transposed.int(), device)
 
 
 @triton.jit
