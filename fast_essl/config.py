@@ -98,7 +98,7 @@ class ModelConfig:
     backbone: Literal["resnet10", "resnet18", "resnet50"] = "resnet18"
     """Architecture of the backbone (He et al., 2016); resnet10 has one block a stage."""
     width: int = 64
-    """Channels of the first stage, 8 or more; the paper's ResNets have 64."""
+    """Channels of the first stage; the paper's ResNets have 64."""
     stem: Literal["cifar", "imagenet"] = "cifar"
     """`cifar`: 3×3 convolution, no max-pool; `imagenet`: 7×7 of stride 2, then a 3×3 max-pool."""
     zero_init_residual: bool = False
@@ -115,9 +115,6 @@ class ModelConfig:
     """Width of SimSiam's predictor (official release: 512)."""
 
     def __post_init__(self) -> None:
-        # With fewer channels the shortcuts' gradients overrun their memory: oneDNN's AVX2 kernel of a strided 1×1
-        # convolution, channels-last, in torch 2.13. On processors with AVX-512 it is another kernel.
-        _require(self, "width", self.width >= 8, "8 or more")
         for field_ in fields(self):
             if field_.type == "int":
                 _require(self, field_.name, getattr(self, field_.name) >= 1, "1 or more")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fast_essl.config import Config, ConfigError, ModelConfig
+from fast_essl.config import Config, ConfigError
 from fast_essl.config_io import config_to_toml, find_config, load_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -176,11 +176,6 @@ def test_a_recipe_is_found_by_name_and_a_file_by_path(
     assert find_config(Path("my.toml")) == Path("my.toml")
     with pytest.raises(ConfigError, match="the nearest is e_simclr_cifar10"):
         find_config(Path("e_simclr_cifar"))
-
-
-def test_a_width_that_onednn_cannot_train_is_refused() -> None:
-    with pytest.raises(ValueError, match="width = 7: must be 8 or more"):
-        ModelConfig(width=7)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import assert_close, parity
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fast_essl.heads import prediction_head, projector
-from fast_essl.resnet import build_backbone
+from fast_essl.resnet import SubsamplingConv2d, build_backbone
 
 
 @pytest.mark.parametrize("form", ["cifar_simclr", "cifar_simsiam", "imagenet"])
@@ -137,3 +138,42 @@ def test_every_convolution_sees_channels_last(name, stem):
             )
     backbone(torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last))
     assert len(seen) > 10 and all(seen)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "stride"), [(8, 8, 2), (7, 5, 2), (1, 1, 2), (9, 8, 3), (4, 6, 1)]
+)
+def test_a_subsampling_convolution_is_the_strided_1x1_convolution(height, width, stride):
+    ours = SubsamplingConv2d(3, 5, stride).double()
+    x = torch.randn(4, 3, height, width, dtype=torch.float64)
+    results = []
+    for forward in (ours, lambda x: F.conv2d(x, ours.weight, stride=stride)):
+        inputs = x.clone().requires_grad_()
+        output = forward(inputs)
+        results.append((output, *torch.autograd.grad(output.sin().sum(), (inputs, ours.weight))))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+class _Convolutions(TorchDispatchMode):
+    """Notes (kernel, stride) of each convolution that is computed, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.convolution.default:
+            self.seen.append((args[1].shape[-1], args[3][0]))
+        elif function is torch.ops.aten.convolution_backward.default:
+            self.seen.append((args[2].shape[-1], args[4][0]))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_no_strided_1x1_convolution_is_computed_on_a_cpu(name):
+    backbone = build_backbone(name, width=4).to(memory_format=torch.channels_last)
+    with _Convolutions() as convolutions:
+        backbone(torch.randn(2, 3, 16, 16)).sum().backward()
+    assert (1, 1) in convolutions.seen and (3, 2) in convolutions.seen
+    assert [shape for shape in convolutions.seen if shape[0] == 1 and shape[1] > 1] == []
