@@ -56,6 +56,11 @@ def test_the_protocols_run_on_a_smoke_recipe_s_run(data, tmp_path):
     small = ["--probe.epochs", "1", "--probe.batch-size", "256", "--finetune.epochs", "1"]
     probe = probe_run(tmp_path, overrides=small, show_progress=False)
     finetune = finetune_run(tmp_path, overrides=small, show_progress=False)
-    for result in (probe, finetune):
-        assert 0 <= result["top1"]["mean"] <= result["top5"]["mean"] <= 1
+    for result, num_fits in ((probe, probe["protocol"]["num_fits"]), (finetune, 1)):
+        assert result["top1"]["n"] == result["top5"]["n"] == num_fits
+        for name in ("top1", "top5"):  # shares of the test images
+            num_right = [value * result["num_test"] for value in result[name]["values"]]
+            assert num_right == pytest.approx([round(number) for number in num_right], abs=1e-6)
+        # Even an untrained classifier has one of ten digits right more often among five guesses than at once.
+        assert result["top1"]["mean"] < result["top5"]["mean"]
     assert probe["protocol"]["optimizer"] == "lars" and finetune["num_labelled"] < 100
