@@ -18,9 +18,9 @@ Stem = Literal["cifar", "imagenet"]
 class SubsamplingConv2d(nn.Conv2d):
     """A strided 1×1 convolution, which on the CPU is the 1×1 convolution of every `stride`-th pixel.
 
-    Both are the same function of the same parameters. oneDNN's gradient of the strided form (torch 2.13, channels-last,
-    two or more threads) writes beyond its memory for fewer than 8 input channels with AVX2, fewer than 16 with AVX-512:
-    runs crash or train on wrong numbers. `tools/scan_convolutions.py` looks for others of the kind.
+    Both are the same function of the same parameters. oneDNN's gradient of the strided form (torch 2.13, channels-last)
+    writes beyond its memory for fewer than 8 input channels with AVX2, fewer than 16 with AVX-512: runs crash or train
+    on wrong numbers. `tools/scan_convolutions.py` looks for others of the kind.
     """
 
     def __init__(self, num_in: int, num_out: int, stride: int) -> None:
