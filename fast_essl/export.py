@@ -56,7 +56,8 @@ def export_backbone(source: Path, out: Path, *, overwrite: bool = False) -> str:
             "stem": network.stem,
             "version": __version__,
         }
-        if "format_version" in content:  # ours: elsewhere, a step may count something else
+        # Ours: elsewhere, a step may count something else.
+        if "format_version" in content and isinstance(content.get("step"), int):
             metadata["step"] = str(content["step"])
         data = safetensors.torch.save(state, metadata)
     _write(out, data)
