@@ -290,7 +290,7 @@ class TrainConfig:
             self.accumulate == 1 or self.compile in ("none", "default"),
             "'none' or 'default' with accumulate above 1: CUDA graphs give the memory of gradients out anew",
         )
-        _require(self, "seed", 0 <= self.seed <= limits.MAX_SEED, "from 0 to 2**63 - 1")
+        _require_range(self, "seed", 0, limits.MAX_SEED)
 
 
 @dataclass(frozen=True, kw_only=True)

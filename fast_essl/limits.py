@@ -24,7 +24,8 @@ MAX_DECAY = 1e3
 MAX_RUNS = 1000
 """Of runs or fits that differ in their seeds."""
 MAX_MINUTES = 10**6
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**63 - 1 - MAX_RUNS
+"""Of the first of so many runs."""
 
 
 def require(section: object, field_name: str, holds: bool, wanted: str) -> None:

@@ -127,7 +127,7 @@ class StudyConfig:
     def __post_init__(self) -> None:
         distinct = len(set(self.seeds)) == len(self.seeds) > 0
         inside = distinct and 0 <= min(self.seeds) <= max(self.seeds) <= MAX_SEED
-        require(self, "seeds", inside, "different numbers of 0 or more, below 2**63")
+        require(self, "seeds", inside, f"different numbers of 0 or more, at most {MAX_SEED:,}")
         distinct = len(set(self.num_labels)) == len(self.num_labels) > 0
         require(self, "num_labels", distinct and min(self.num_labels) >= 1, "different numbers of 1 or more")
         require_range(self, "num_labels", 1, MAX_CELLS)
