@@ -29,6 +29,9 @@ HOLDERS = ("backbone", "state_dict", "model", "method")
 PREFIXES = ("", "module.", "backbone.", "module.backbone.", "encoder.", "module.encoder.")
 """What may stand before the backbone's keys, by the module that holds it and DistributedDataParallel."""
 FIRST_KEY = "conv1.weight"
+FOLDER_ATTRIBUTE = 0x10
+"""Of a part of a zip file, outside all checksums. Where it is set, torch (2.13) reads nothing and gives the tensor
+whatever the memory held before."""
 MAX_INFLATION = 10
 """How many times its size a checkpoint may unpack to. `torch.save` packs nothing; trained weights pack to 0.9."""
 
@@ -186,6 +189,8 @@ def _load(content: bytes) -> Any:
             num_bytes = sum(part.file_size for part in archive.infolist())
             if num_bytes > MAX_INFLATION * len(content):
                 raise _TooLargeError(f"its {len(content):,} bytes unpack to {num_bytes:,}")
+            if any(part.external_attr & FOLDER_ATTRIBUTE for part in archive.infolist()):
+                raise zipfile.BadZipFile("a folder in place of a tensor")
             damaged_part = archive.testzip()  # torch.load does not look at the checksums
         if damaged_part is not None:
             raise zipfile.BadZipFile(damaged_part)

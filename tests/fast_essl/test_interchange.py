@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import sys
 import warnings
 import zipfile
@@ -167,6 +168,20 @@ def test_a_flipped_bit_is_never_read_as_other_weights(tmp_path, seed):
         pass
     else:  # the bit was in what nobody reads, as padding
         assert state.keys() == source.keys() and all(torch.equal(state[key], source[key]) for key in source)
+
+
+def test_a_bit_that_makes_a_tensor_a_folder_is_refused(tmp_path):
+    torch.manual_seed(0)
+    torch.save({"backbone": build_backbone("resnet10", width=1).state_dict()}, tmp_path / "file.pth")
+    content = (tmp_path / "file.pth").read_bytes()
+    starts = [match.start() for match in re.finditer(b"PK\x01\x02", content)]
+    assert len(starts) > 70
+    for start in starts:
+        damaged = bytearray(content)
+        damaged[start + 38] ^= 0x10
+        (tmp_path / "file.pth").write_bytes(damaged)
+        with pytest.raises(DataError, match="damaged"):
+            read_backbone(tmp_path / "file.pth")
 
 
 def test_a_flipped_weight_is_refused(tmp_path):
