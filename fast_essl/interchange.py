@@ -5,7 +5,9 @@ Everything is in torchvision's key names, which are ours: `conv1.weight`, `bn1.â
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import pickle
 import typing
 import warnings
@@ -29,6 +31,8 @@ HOLDERS = ("backbone", "state_dict", "model", "method")
 PREFIXES = ("", "module.", "backbone.", "module.backbone.", "encoder.", "module.encoder.")
 """What may stand before the backbone's keys, by the module that holds it and DistributedDataParallel."""
 FIRST_KEY = "conv1.weight"
+DIGEST_KEY = "weights_sha256"
+"""Of the metadata of an exported `.safetensors`."""
 FOLDER_ATTRIBUTE = 0x10
 """Of a part of a zip file, outside all checksums. Where it is set, torch (2.13) reads nothing and gives the tensor
 whatever the memory held before."""
@@ -63,7 +67,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: is not a regular file")
     content = path.read_bytes()  # so that whatever is raised below is about the content, not about the disk
     try:
-        state = safetensors.torch.load(content) if path.suffix == ".safetensors" else _load(content)
+        state = _load_safetensors(content) if path.suffix == ".safetensors" else _load(content)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error):  # what names a class or function to call
             raise DataError(
@@ -198,6 +202,25 @@ def _load(content: bytes) -> Any:
     with named, warnings.catch_warnings():  # about pickle protocols; what matters is an error
         warnings.simplefilter("ignore")
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _load_safetensors(content: bytes) -> dict[str, Tensor]:
+    """Tensors by name; those that fast_essl exported are compared with their digest, the format having none."""
+    state = safetensors.torch.load(content)
+    num_bytes = int.from_bytes(content[:8], "little")
+    wanted = json.loads(content[8 : 8 + num_bytes]).get("__metadata__", {}).get(DIGEST_KEY)
+    if wanted not in (None, weights_digest(state)):
+        raise ValueError("other weights than were exported")
+    return state
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes and values, in the order of the names."""
+    digest = hashlib.sha256()
+    for key, value in sorted(state.items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def exclude_bias_and_norm(*_: object) -> None:

@@ -170,6 +170,24 @@ def test_a_flipped_bit_is_never_read_as_other_weights(tmp_path, seed):
         assert state.keys() == source.keys() and all(torch.equal(state[key], source[key]) for key in source)
 
 
+@pytest.mark.parametrize("seed", range(100))
+def test_a_flipped_bit_of_an_exported_file_is_never_read_as_other_weights(tmp_path, seed):
+    torch.manual_seed(0)
+    source = build_backbone("resnet10", width=1).state_dict()
+    torch.save(source, tmp_path / "source.pth")
+    export_backbone(tmp_path / "source.pth", tmp_path / "file.safetensors")
+    content = bytearray((tmp_path / "file.safetensors").read_bytes())
+    generator = random.Random(seed)
+    content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+    (tmp_path / "file.safetensors").write_bytes(content)
+    try:
+        state = read_backbone(tmp_path / "file.safetensors")
+    except DataError:
+        pass
+    else:  # the bit was in what is told of the file
+        assert state.keys() == source.keys() and all(torch.equal(state[key], source[key]) for key in source)
+
+
 def test_a_bit_that_makes_a_tensor_a_folder_is_refused(tmp_path):
     torch.manual_seed(0)
     torch.save({"backbone": build_backbone("resnet10", width=1).state_dict()}, tmp_path / "file.pth")
