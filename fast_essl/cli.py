@@ -1,7 +1,8 @@
 """The `fast-essl` command: each subcommand a thin call into one module, imported only when it is asked for.
 
-Exit codes: 0 done; 1 a run failed (loss not finite); 2 bad usage, configuration, data or path, told in one line;
-130 and 143 stopped by Ctrl-C or SIGTERM (`pretrain` saves a checkpoint first; the same command continues).
+Exit codes: 0 done; 1 a run failed (loss not finite, no memory); 2 bad usage, configuration, data or path, or results
+that cannot be printed, told in one line; 130 and 143 stopped by Ctrl-C or SIGTERM (`pretrain` saves a checkpoint first;
+the same command continues); 141 done, but the reader of the output has gone.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import NoReturn
 from fast_essl import __version__
 from fast_essl.bench.cli import add_parser as add_bench
 from fast_essl.config import Config, ConfigError
+from fast_essl.errors import NonFiniteLossError, explain
 from fast_essl.photonics.cli import add_parser as add_photonics
 from fast_essl.speedrun_command import add_speedrun
-from loaders.errors import DataError
+from fast_essl.streams import Output, prepare_streams
 
 PRETRAIN_USAGE = "fast-essl pretrain CONFIG [--run-dir DIR] [--section.field VALUE ...]"
 
@@ -36,25 +38,43 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns its exit code."""
+    output = prepare_streams()
+    try:
+        code = _run_command(argv)
+    except SystemExit as end:  # the parser, after a help or a mistake
+        raise SystemExit(_finish(output, int(end.code or 0))) from None
+    except KeyboardInterrupt:
+        code = _fail("interrupted", 128 + signal.SIGINT)
+    except Exception as error:
+        explained = explain(error)
+        if explained is None:
+            raise
+        code, message = explained
+        # A loss that is not finite is not finite on all ranks.
+        if not isinstance(error, NonFiniteLossError) or os.environ.get("RANK", "0") == "0":
+            _fail(message, code)
+    return _finish(output, code)
+
+
+def _finish(output: Output | None, code: int) -> int:
+    """The exit code, once all that was printed is written, or cannot be."""
+    sys.stdout.flush()
+    if code or output is None or output.error is None:
+        return code
+    if isinstance(output.error, BrokenPipeError):  # the reader, as `head`, has all it wants
+        return 128 + signal.SIGPIPE
+    return _fail(f"standard output: {output.error.strerror}; all but the printing is done")
+
+
+def _run_command(argv: list[str] | None) -> int:
     parser = _build_parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command in NO_OVERRIDES:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.overrides = rest
-    try:
-        if _is_rank() and arguments.command not in (*NO_OVERRIDES, "pretrain"):
-            raise ConfigError(f"{arguments.command} runs in one process; start it without torchrun")
-        return int(arguments.run(arguments))
-    except (ConfigError, DataError) as error:
-        return _fail(str(error))
-    except BrokenPipeError:  # the reader, as `head`, has all it wants
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except OSError as error:
-        named = error.filename is not None and error.strerror
-        return _fail(f"{error.filename}: {error.strerror}" if named else str(error))
-    except KeyboardInterrupt:
-        return _fail("interrupted", 128 + signal.SIGINT)
+    if _is_rank() and arguments.command not in (*NO_OVERRIDES, "pretrain"):
+        raise ConfigError(f"{arguments.command} runs in one process; start it without torchrun")
+    return int(arguments.run(arguments))
 
 
 def _fail(message: str, code: int = 2) -> int:
@@ -268,13 +288,9 @@ def _pretrain_config(arguments: argparse.Namespace) -> Config:
 def _train(arguments: argparse.Namespace, config: Config) -> int:
     from fast_essl.distributed import rank
     from fast_essl.pretrain import pretrain
-    from fast_essl.run import NonFiniteLossError
 
     run_dir = arguments.run_dir or Path("runs") / f"{arguments.config.stem}-seed{config.train.seed}"
-    try:
-        summary = pretrain(config, run_dir)
-    except NonFiniteLossError as error:  # on all ranks
-        return _fail(str(error), 1) if rank() == 0 else 1
+    summary = pretrain(config, run_dir)
     rate = f"{summary.elapsed_s:.0f} s in all, {summary.samples_per_s:.0f} samples/s"
     outcome = f"finished at step {summary.step}, {rate}"
     if summary.status == "already finished":
@@ -336,13 +352,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _protocol(arguments: argparse.Namespace) -> int:
     from fast_essl.protocols import finetune_run, probe_run
-    from fast_essl.run import NonFiniteLossError
 
     measure = {"probe": probe_run, "finetune": finetune_run}[arguments.command]
-    try:
-        print(json.dumps(measure(arguments.run_dir, overrides=arguments.overrides)))
-    except NonFiniteLossError as error:
-        return _fail(str(error), 1)
+    print(json.dumps(measure(arguments.run_dir, overrides=arguments.overrides)))
     return 0
 
 
@@ -355,14 +367,10 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _study(arguments: argparse.Namespace) -> int:
     from fast_essl.config_io import find_config
-    from fast_essl.run import NonFiniteLossError
     from fast_essl.study import run_study
 
     path = find_config(arguments.study)
-    try:
-        run_study(path, arguments.out or Path("runs") / path.stem, overrides=arguments.overrides)
-    except NonFiniteLossError as error:
-        return _fail(str(error), 1)
+    run_study(path, arguments.out or Path("runs") / path.stem, overrides=arguments.overrides)
     return 0
 
 
@@ -388,11 +396,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _demo(arguments: argparse.Namespace) -> int:
     from fast_essl.demo import DemoOptions, run_demo
-    from fast_essl.run import NonFiniteLossError
 
     out = arguments.out or DemoOptions.out
-    try:
-        run_demo(DemoOptions(seed=arguments.seed, out=out, overrides=tuple(arguments.overrides)))
-    except NonFiniteLossError as error:
-        return _fail(str(error), 1)
+    run_demo(DemoOptions(seed=arguments.seed, out=out, overrides=tuple(arguments.overrides)))
     return 0

@@ -5,14 +5,16 @@ A value out of range is a `ValueError` that begins with the field's name, as `si
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Protocol
 
+from fast_essl import limits
 from fast_essl.config_commands import FinetuneConfig, ProbeConfig, SpeedrunConfig
-from fast_essl.config_commands import require as _require
-from loaders.recipe import Interpolation, Recipe
+from fast_essl.limits import require as _require
+from fast_essl.limits import require_range as _require_range
+from loaders.recipe import MAX_SIDE, Interpolation, Recipe
 
 
 class ConfigError(Exception):
@@ -30,14 +32,14 @@ class DataConfig:
     loader: Literal["ffcv", "dali", "device", "torch"] = "ffcv"
     """Which loader reads the files; `device` keeps small images of one size on the training device and cuts there."""
     num_workers: int = 0
-    """Threads (ffcv, dali) or processes (torch) of the loader; 0 means all cores."""
+    """Threads (ffcv, dali) or processes (torch) of the loader, at most 1,024; 0 means all cores."""
     dali_decoder: Literal["auto", "cpu", "mixed"] = "auto"
     """Where DALI decodes and cuts: `mixed` with nvJPEG on the GPU, `cpu`; `auto` follows the training device."""
     view_stage: Literal["auto", "reference", "cpu", "cuda"] = "auto"
     """Implementation of the view stage; `auto` takes the fastest one of the training device."""
 
     def __post_init__(self) -> None:
-        _require(self, "num_workers", self.num_workers >= 0, "0 or more")
+        _require_range(self, "num_workers", 0, limits.MAX_THREADS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +64,15 @@ class ViewsConfig:
     """The epochs, counted from 0, that the stages after the first begin with."""
 
     def __post_init__(self) -> None:
-        _require(self, "eval_size", 1 <= self.eval_size <= 4096, "from 1 to 4096 pixels")
+        _require(self, "eval_size", 1 <= self.eval_size <= MAX_SIDE, f"from 1 to {MAX_SIDE} pixels")
         _require(self, "eval_center_fraction", 0 < self.eval_center_fraction <= 1, "above 0 and at most 1")
         last = {self.view1.size, self.view2.size}
         _require(
             self,
             "sizes",
-            not self.sizes or (1 <= min(self.sizes) <= max(self.sizes) <= 4096 and {self.sizes[-1]} == last),
-            f"from 1 to 4096 pixels, the last one both views' size, {' and '.join(map(str, sorted(last)))}",
+            not self.sizes
+            or (1 <= min(self.sizes) <= max(self.sizes) <= MAX_SIDE and {self.sizes[-1]} == last),
+            f"from 1 to {MAX_SIDE} pixels, the last one both views' size, {' and '.join(map(str, sorted(last)))}",
         )
         begins = (0, *self.size_epochs)
         ascending = all(before < after for before, after in pairwise(begins))
@@ -98,7 +101,7 @@ class ModelConfig:
     backbone: Literal["resnet10", "resnet18", "resnet50"] = "resnet18"
     """Architecture of the backbone (He et al., 2016); resnet10 has one block a stage."""
     width: int = 64
-    """Channels of the first stage; the paper's ResNets have 64."""
+    """Channels of the first stage, up to 1,024; the paper's ResNets have 64."""
     stem: Literal["cifar", "imagenet"] = "cifar"
     """`cifar`: 3×3 convolution, no max-pool; `imagenet`: 7×7 of stride 2, then a 3×3 max-pool."""
     zero_init_residual: bool = False
@@ -115,9 +118,9 @@ class ModelConfig:
     """Width of SimSiam's predictor (official release: 512)."""
 
     def __post_init__(self) -> None:
-        for field_ in fields(self):
-            if field_.type == "int":
-                _require(self, field_.name, getattr(self, field_.name) >= 1, "1 or more")
+        _require_range(self, "width", 1, 1024)
+        _require_range(self, "projector_layers", 1, 100)
+        _require_range(self, "projector_hidden projector_out predictor_hidden", 1, limits.MAX_WIDTH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +137,7 @@ class HeadConfig:
     """Whose LayerNorm: torch's, the fused kernels with ReLU and loss (CUDA), or apex's `FusedLayerNorm` (CUDA)."""
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "bottleneck"):
-            _require(self, name, getattr(self, name) >= 1, "1 or more")
+        _require_range(self, "hidden bottleneck", 1, limits.MAX_WIDTH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +151,7 @@ class MethodConfig:
     contrastive_backend: Literal["torch", "triton"] = "torch"
     """Whose InfoNCE: torch's, or the fused kernel, which keeps no similarities in memory (CUDA)."""
     temperature: float = 0.5
-    """Temperature of the contrastive loss (paper: 0.5 on CIFAR-10, 0.2 on ImageNet)."""
+    """Temperature of the contrastive loss, 0.0001 to 10,000 (paper: 0.5 on CIFAR-10, 0.2 on ImageNet)."""
     off_diagonal_weight: float = 0.0051
     """Weight of Barlow Twins' redundancy term (Zbontar et al., 2021)."""
     equivariance_weight: float = 0.4
@@ -168,9 +170,9 @@ class MethodConfig:
             or (self.name, self.contrastive_loss) == ("simclr", "info_nce"),
             "'torch' with another loss than SimCLR's info_nce",
         )
-        _require(self, "temperature", 0 < self.temperature < float("inf"), "above 0")
-        _require(self, "off_diagonal_weight", 0 <= self.off_diagonal_weight < float("inf"), "0 or more")
-        _require(self, "equivariance_weight", 0 <= self.equivariance_weight < float("inf"), "0 or more")
+        # Similarities, divided by it, are exponents.
+        _require_range(self, "temperature", 1e-4, 1e4)
+        _require_range(self, "off_diagonal_weight equivariance_weight", 0, limits.MAX_WEIGHT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +192,10 @@ class TransformationConfig:
     """Transformation of which each of the two views gets a random element, as one augmentation more."""
     invariance_elements: tuple[int, ...] = ()
     """As `equivariance_elements`."""
+
+    def __post_init__(self) -> None:
+        # Which of them there are is known when the transformation is built.
+        _require_range(self, "equivariance_elements invariance_elements", 0, limits.MAX_WIDTH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,20 +219,20 @@ class OptimizerConfig:
     momentum: float = 0.9
     """Momentum."""
     weight_decay: float = 5e-4
-    """L2 penalty (official release: 5e-4 on CIFAR-10)."""
+    """L2 penalty, at most 1,000 (official release: 5e-4 on CIFAR-10)."""
     decay_biases: bool = True
     """Whether the penalty includes biases and norms (official release: with SGD it does, with LARS not)."""
     trust_coefficient: float = 0.001
     """LARS: share of a weight's norm that a step of rate 1 moves it by."""
 
     def __post_init__(self) -> None:
-        _require(self, "base_learning_rate", 0 < self.base_learning_rate < float("inf"), "above 0")
-        for name in ("base_learning_rate_biases", "weight_decay"):
-            _require(self, name, 0 <= getattr(self, name) < float("inf"), "0 or more")
+        _require_range(self, "base_learning_rate", limits.MIN_RATE, limits.MAX_RATE)
+        _require_range(self, "base_learning_rate_biases", 0, limits.MAX_RATE)
+        _require_range(self, "weight_decay", 0, limits.MAX_DECAY)
         _require(self, "final_learning_rate", 0 <= self.final_learning_rate <= 1, "in [0, 1]")
-        _require(self, "warmup_epochs", self.warmup_epochs >= 0, "0 or more")
+        _require_range(self, "warmup_epochs", 0, limits.MAX_EPOCHS)
         _require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
-        _require(self, "trust_coefficient", 0 < self.trust_coefficient < float("inf"), "above 0")
+        _require_range(self, "trust_coefficient", limits.MIN_RATE, limits.MAX_RATE)
         _require(self, "backend", self.backend == "torch" or self.name == "sgd", "'torch' with LARS")
 
 
@@ -252,7 +258,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast type; `auto` is bf16 (fp16 on older devices) on CUDA and fp32 on the CPU."""
     num_threads: int = 0
-    """CPU threads of torch; 0 means all cores."""
+    """CPU threads of torch, at most 1,024; 0 means all cores."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl; only these steps wait for the device."""
     knn_every: int = 10
@@ -265,16 +271,14 @@ class TrainConfig:
     """A checkpoint whose backbone the run starts from: of fast_essl or of the official release; empty for none."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "num_threads", "knn_every"):
-            _require(self, name, getattr(self, name) >= 0, "0 or more")
-        for name in ("epochs", "log_every", "checkpoint_every", "accumulate"):
-            _require(self, name, getattr(self, name) >= 1, "1 or more")
-        _require(
-            self,
-            "batch_size",
-            self.batch_size >= 2,
-            "2 or more (BatchNorm and negatives need another sample)",
-        )
+        _require_range(self, "epochs", 1, limits.MAX_EPOCHS)
+        _require_range(self, "max_steps", 0, limits.MAX_STEPS)
+        _require_range(self, "log_every checkpoint_every", 1, limits.MAX_STEPS)
+        _require_range(self, "knn_every", 0, limits.MAX_EPOCHS)
+        _require_range(self, "num_threads", 0, limits.MAX_THREADS)
+        # BatchNorm and negatives need another sample.
+        _require_range(self, "batch_size", 2, limits.MAX_BATCH_SIZE)
+        _require_range(self, "accumulate", 1, limits.MAX_BATCH_SIZE)
         divides = self.batch_size % self.accumulate == 0 and self.batch_size // self.accumulate >= 2
         wanted = f"a divisor of batch_size = {self.batch_size} that leaves 2 samples or more"
         _require(self, "accumulate", divides, wanted)
@@ -284,7 +288,7 @@ class TrainConfig:
             self.accumulate == 1 or self.compile in ("none", "default"),
             "'none' or 'default' with accumulate above 1: CUDA graphs give the memory of gradients out anew",
         )
-        _require(self, "seed", 0 <= self.seed < 2**63, "from 0 to 2**63 - 1")
+        _require_range(self, "seed", 0, limits.MAX_SEED)
 
 
 @dataclass(frozen=True, kw_only=True)

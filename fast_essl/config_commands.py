@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from loaders.recipe import Interpolation
-
-
-def require(section: object, field_name: str, holds: bool, wanted: str) -> None:
-    """Errors: `ValueError` that begins with the field's name, unless `holds`."""
-    if not holds:
-        raise ValueError(f"{field_name} = {getattr(section, field_name)!r}: must be {wanted}")
+from fast_essl.limits import (
+    MAX_BATCH_SIZE,
+    MAX_DECAY,
+    MAX_EPOCHS,
+    MAX_MINUTES,
+    MAX_RATE,
+    MAX_RUNS,
+    MIN_RATE,
+    require,
+    require_range,
+)
+from loaders.recipe import MAX_SIDE, Interpolation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +49,15 @@ class ProbeConfig:
     """Independent fits, by their own seeds; their mean and spread are told."""
 
     def __post_init__(self) -> None:
-        for name in ("size", "epochs", "batch_size", "num_fits"):
-            require(self, name, getattr(self, name) >= 1, "1 or more")
+        require(self, "size", 1 <= self.size <= MAX_SIDE, f"from 1 to {MAX_SIDE} pixels")
+        require_range(self, "epochs", 1, MAX_EPOCHS)
+        require_range(self, "batch_size", 1, MAX_BATCH_SIZE)
+        require_range(self, "num_fits", 1, MAX_RUNS)
         require(self, "scale", 0 < self.scale[0] <= self.scale[1] <= 1, "0 < low <= high <= 1")
         require(self, "center_fraction", 0 < self.center_fraction <= 1, "above 0 and at most 1")
-        require(self, "base_learning_rate", 0 < self.base_learning_rate < float("inf"), "above 0")
+        require_range(self, "base_learning_rate", MIN_RATE, MAX_RATE)
         require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
-        require(self, "weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more")
+        require_range(self, "weight_decay", 0, MAX_DECAY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +86,12 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         require(self, "label_share", 0 < self.label_share <= 1, "above 0 and at most 1")
-        for name in ("epochs", "batch_size", "num_fits"):
-            require(self, name, getattr(self, name) >= 1, "1 or more")
-        for name in ("base_learning_rate_backbone", "base_learning_rate_classifier"):
-            require(self, name, 0 < getattr(self, name) < float("inf"), "above 0")
+        require_range(self, "epochs", 1, MAX_EPOCHS)
+        require_range(self, "batch_size", 1, MAX_BATCH_SIZE)
+        require_range(self, "num_fits", 1, MAX_RUNS)
+        require_range(self, "base_learning_rate_backbone base_learning_rate_classifier", MIN_RATE, MAX_RATE)
         require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
-        require(self, "weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more")
+        require_range(self, "weight_decay", 0, MAX_DECAY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,5 +109,5 @@ class SpeedrunConfig:
 
     def __post_init__(self) -> None:
         require(self, "target", 0 <= self.target <= 1, "a share from 0 to 1, as 0.9 for 90%")
-        require(self, "budget_minutes", 0 <= self.budget_minutes < float("inf"), "0 or more")
-        require(self, "runs", self.runs >= 1, "1 or more")
+        require_range(self, "budget_minutes", 0, MAX_MINUTES)
+        require_range(self, "runs", 1, MAX_RUNS)

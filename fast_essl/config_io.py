@@ -10,6 +10,8 @@ import dataclasses
 import difflib
 import json
 import math
+import os
+import stat
 import tomllib
 import types
 import typing
@@ -19,6 +21,10 @@ from typing import Any, Literal, TypeVar
 from fast_essl.config import Config, ConfigError
 
 COMMAND_LINE = "command line"
+MAX_NUM_BYTES = 2**20
+"""Of a TOML file."""
+MAX_DEPTH = 16
+"""Of nested values, and of files that extend one another."""
 Settings = TypeVar("Settings")
 """A dataclass of the form of `Config`: fields, and sections that are such dataclasses."""
 
@@ -66,17 +72,18 @@ def read_table(path: Path) -> dict[str, Any]:
 
 
 def _read_table(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    if path in above:
+    if any(os.path.realpath(path) == os.path.realpath(other) for other in above):
         raise ConfigError(f"{path}: extends itself, by way of {above[-1]}")
-    try:
-        own = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}") from None
+    if len(above) == MAX_DEPTH:
+        raise ConfigError(
+            f"{path}: {above[0]} extends more than {MAX_DEPTH} files, each by way of the one before"
+        )
+    own = read_toml(path)
     extends = own.pop("extends", [])
     names = [extends] if isinstance(extends, str) else extends
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, str) and _is_text(name) for name in names):
         raise ConfigError(
-            f"{path}: extends = {extends!r}: must be the name of a recipe or a file, or a list of them"
+            f"{path}: extends = {_shown(extends)}: must be the name of a recipe or a file, or a list of them"
         )
     table: dict[str, Any] = {}
     for name in names:
@@ -84,6 +91,42 @@ def _read_table(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         base = beside if beside.exists() else find_config(Path(name))
         table = lay_over(table, _read_table(base, (*above, path)))
     return lay_over(table, own)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The nested values of one TOML file.
+
+    Errors: `ConfigError` for what is not TOML, not a regular file (it might block), too large or nested too deeply;
+    `OSError`.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        # Opening a fifo would wait for a writer.
+        raise ConfigError(f"{path}: is not a regular file")
+    with path.open("rb") as file:
+        content = file.read(MAX_NUM_BYTES + 1)
+    if len(content) > MAX_NUM_BYTES:
+        raise ConfigError(f"{path}: has more than {MAX_NUM_BYTES:,} bytes; it is not a configuration")
+    try:
+        table = tomllib.loads(content.decode("utf-8-sig"))
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply") from None
+    except ValueError as error:  # of the syntax, of UTF-8, or of a number with more than 4,300 digits
+        raise ConfigError(f"{path}: not a TOML file: {error}") from None
+    if not _is_flat(table):
+        raise ConfigError(f"{path}: nested more than {MAX_DEPTH} deep")
+    return table
+
+
+def _is_flat(table: dict[str, Any]) -> bool:
+    """Whether what is nested is no deeper than `MAX_DEPTH`."""
+    level: list[Any] = [table]
+    for _ in range(MAX_DEPTH):
+        inner = [list(item.values()) if isinstance(item, dict) else item for item in level]
+        level = [item for items in inner for item in items if isinstance(item, dict | list)]
+        if not level:
+            return True
+    return False
 
 
 def lay_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -207,7 +250,7 @@ def _build(
         elif isinstance(value, dict):
             values[name] = _build(typing.cast(type, hints[name]), value, key + ".", source, sources, kind)
         else:
-            raise ConfigError(f"{origin}: {key} = {value!r}: must be a section, [{key}]")
+            raise ConfigError(f"{origin}: {key} = {_shown(value)}: must be a section, [{key}]")
     for item in dataclasses.fields(section):
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if item.name in values or not required:
@@ -222,7 +265,7 @@ def _build(
         return section(**values)
     except ValueError as error:  # a range: the message begins with the field's name
         key = prefix + str(error).split(" = ", 1)[0]
-        raise ConfigError(f"{sources.get(key, source)}: {prefix}{error}") from None
+        raise ConfigError(f"{sources.get(key, source)}: {prefix}{_short(str(error), 300)}") from None
 
 
 def _unknown(key: str, value: Any, kind: type) -> tuple[str, str]:
@@ -231,17 +274,41 @@ def _unknown(key: str, value: Any, kind: type) -> tuple[str, str]:
     if isinstance(value, dict):
         sections = sorted({name.rpartition(".")[0] for name in types_by_key} - {""})
         return f"[{key}]", f"[{_nearest(key, sections)}]"
-    return f"{key} = {value!r}", _nearest(key, list(types_by_key))
+    return f"{key} = {_shown(value)}", _nearest(key, list(types_by_key))
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: as Python writes it, shortened."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more than 4,300 digits
+        return "a number of thousands of digits"
+    return _short(text, 100)
+
+
+def _short(text: str, length: int) -> str:
+    """A text without its middle where it is longer than `length`."""
+    half = length // 2
+    return text if len(text) <= length else f"{text[:half]} … {text[-half:]}"
+
+
+def _is_text(text: str) -> bool:
+    """Whether the system takes it as a name, and a file as text: no NUL, and no byte that is not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """Check a TOML value against a field's type; whole numbers serve as floats, nothing else is converted."""
     origin = typing.get_origin(hint)
-    wrong = f"{where} = {value!r}: must be"
+    wrong = f"{where} = {_shown(value)}: must be"
     if origin is Literal:
         choices = typing.get_args(hint)
         if value not in choices:
-            nearest = _nearest(str(value), list(choices))
+            nearest = _nearest(_shown(value), list(choices))
             listed = ", ".join(repr(choice) for choice in choices)
             raise ConfigError(f"{wrong} one of {listed}; the nearest is {nearest!r}")
         return value
@@ -252,15 +319,19 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if len(value) != len(parts):
             raise ConfigError(f"{wrong} {len(parts)} numbers")
         return tuple(_convert(item, part, where) for item, part in zip(value, parts, strict=True))
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    if hint in (Path, str) and isinstance(value, str):
+        if not _is_text(value):
+            raise ConfigError(f"{wrong} UTF-8 text without a NUL character")
+        if hint is Path and not value:
+            raise ConfigError(f"{wrong} the path of a file")
+        return hint(value)
+    if isinstance(value, int) and abs(value) >= 2**64:
+        raise ConfigError(f"{wrong} below 2**64; no field takes more")
+    if hint in (int, float) and type(value) in (int, hint):
         if math.isnan(value):
             raise ConfigError(f"{wrong} a number")
-        return float(value)
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if hint in (bool, str) and isinstance(value, hint):
+        return hint(value)
+    if hint is bool and isinstance(value, bool):
         return value
     kinds = {
         Path: "a path in quotes",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fast_essl.distributed import gather_ragged, gather_rows, max_over_ranks, num_ranks, sum_over_ranks
 from loaders.batch import Views
+from loaders.errors import DataError
 
 QUERIES_A_CHUNK = 512
 """Bounds the memory of kNN: this many rows of similarities to the whole bank."""
@@ -22,6 +23,7 @@ def extract_features(backbone: nn.Module, batches: Iterable[Views]) -> tuple[Ten
 
     Returns: ((N, D) float32, (N,) int64 labels), on the device of the batches, in their order. The backbone's mode is
     as before afterwards.
+    Errors: `DataError` for features that are not finite.
     """
     was_training = backbone.training
     backbone.eval()
@@ -33,8 +35,11 @@ def extract_features(backbone: nn.Module, batches: Iterable[Views]) -> tuple[Ten
             pairs = [(backbone(views.views[0]).float(), views.labels) for views in batches]
     finally:
         backbone.train(was_training)
-    features, labels = zip(*pairs, strict=True)
-    return torch.cat(features), torch.cat(labels)
+    features, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    # Neighbours of what has no length are no neighbours, and their labels would count all the same.
+    if not bool(features.norm(dim=1).isfinite().all()):
+        raise DataError("the features are not finite: the backbone's weights are too large, or damaged")
+    return features, labels
 
 
 @torch.no_grad()

@@ -11,7 +11,14 @@ import torch
 
 from fast_essl import __version__
 from fast_essl.config import ConfigError
-from fast_essl.interchange import Network, describe_network, find_backbone, read_checkpoint
+from fast_essl.interchange import (
+    DIGEST_KEY,
+    Network,
+    describe_network,
+    find_backbone,
+    read_checkpoint,
+    weights_digest,
+)
 from loaders.errors import DataError
 
 SUFFIXES = (".pth", ".safetensors")
@@ -22,7 +29,8 @@ def export_backbone(source: Path, out: Path, *, overwrite: bool = False) -> str:
 
     The file is a bare state dict in torchvision's key names, contiguous, float32: with the ImageNet stem and width 64,
     torchvision's ResNet of the same depth loads it, apart from `fc`. A `.safetensors` tells in its metadata what it
-    is: `architecture`, `width`, `stem`, `version`, and `step` where the source is a checkpoint of fast_essl.
+    is: `architecture`, `width`, `stem`, `version`, `weights_sha256` (checked when fast_essl reads it), and `step` where
+    the source is a checkpoint of fast_essl.
 
     Errors: `ConfigError` for another suffix, a missing folder or a file that is there already; as `read_backbone`;
     `DataError` for a ResNet that is not whole or none of ours; `OSError`.
@@ -55,8 +63,10 @@ def export_backbone(source: Path, out: Path, *, overwrite: bool = False) -> str:
             "width": str(network.width),
             "stem": network.stem,
             "version": __version__,
+            DIGEST_KEY: weights_digest(state),
         }
-        if "format_version" in content:  # ours: elsewhere, a step may count something else
+        # Ours: elsewhere, a step may count something else.
+        if "format_version" in content and isinstance(content.get("step"), int):
             metadata["step"] = str(content["step"])
         data = safetensors.torch.save(state, metadata)
     _write(out, data)

@@ -5,7 +5,9 @@ Everything is in torchvision's key names, which are ours: `conv1.weight`, `bn1.â
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import pickle
 import typing
 import warnings
@@ -29,6 +31,13 @@ HOLDERS = ("backbone", "state_dict", "model", "method")
 PREFIXES = ("", "module.", "backbone.", "module.backbone.", "encoder.", "module.encoder.")
 """What may stand before the backbone's keys, by the module that holds it and DistributedDataParallel."""
 FIRST_KEY = "conv1.weight"
+DIGEST_KEY = "weights_sha256"
+"""Of the metadata of an exported `.safetensors`."""
+FOLDER_ATTRIBUTE = 0x10
+"""Of a part of a zip file, outside all checksums. Where it is set, torch (2.13) reads nothing and gives the tensor
+whatever the memory held before."""
+MAX_INFLATION = 10
+"""How many times its size a checkpoint may unpack to. `torch.save` packs nothing; trained weights pack to 0.9."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,21 +58,26 @@ class Network:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """All that a checkpoint file, or that of a run's folder, holds, on the CPU; runs no code from it.
 
-    Errors: `DataError` in one line for a file that is damaged or that would run code when loaded; `OSError`.
+    Errors: `DataError` in one line for a file that is damaged, that would run code when loaded, or that claims more
+    than it holds; `OSError`.
     """
     if path.is_dir():
         path = path / run_folder.CHECKPOINT
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: is not a regular file")
     content = path.read_bytes()  # so that whatever is raised below is about the content, not about the disk
     try:
-        state = safetensors.torch.load(content) if path.suffix == ".safetensors" else _load(content)
+        state = _load_safetensors(content) if path.suffix == ".safetensors" else _load(content)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error):  # what names a class or function to call
             raise DataError(
                 f"{path}: refused, since loading it would run code that it carries; save it anew with tensors only"
             ) from None
         raise DataError(f"{path}: damaged, or not a checkpoint") from None
+    except _TooLargeError as error:
+        raise DataError(f"{path}: refused, since {error}") from None
     except MemoryError:
-        raise
+        raise DataError(f"{path}: claims sizes that do not fit into memory") from None
     except Exception:  # damage takes the decoders to nearly any: IndexError, AssertionError, zlib.error, â€¦
         raise DataError(f"{path}: damaged, or not a checkpoint") from None
     if not isinstance(state, dict):
@@ -82,7 +96,8 @@ def read_backbone(path: Path) -> dict[str, Tensor]:
 def find_backbone(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """The backbone in what was read from `path`, in our key names, float32.
 
-    Errors: `DataError` in one line where there is no ResNet, more than one, or one that is not all tensors.
+    Errors: `DataError` in one line where there is no ResNet, more than one, or one that is not all dense tensors of
+    finite floating-point numbers.
     """
     for holder in HOLDERS:
         if isinstance(state.get(holder), Mapping):
@@ -100,10 +115,35 @@ def find_backbone(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
         name = str(key).removeprefix(prefixes[0])
         if not str(key).startswith(prefixes[0]) or not name.startswith(("conv1.", "bn1.", "layer")):
             continue
-        if not isinstance(value, Tensor):
-            raise DataError(f"{path}: {key} is not a tensor")
+        fault = _fault(name, value)
+        if fault is not None:
+            raise DataError(f"{path}: {key} {fault}")
         backbone[name] = value.float() if value.is_floating_point() else value
     return backbone
+
+
+def _fault(name: str, value: Any) -> str | None:
+    """Why a value cannot be the entry `name` of a backbone, if it cannot."""
+    if not isinstance(value, Tensor):
+        return "is not a tensor"
+    # First what has no numbers to look at.
+    if value.is_nested or value.layout is not torch.strided:
+        return "is not a dense tensor"
+    if value.is_quantized:
+        return "is quantised; save the network as it was before"
+    if value.is_meta:
+        return "has a shape, but no values"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"claims {_shape(value)} numbers and holds fewer; save it contiguous"
+    is_count = name.endswith("num_batches_tracked")
+    if value.is_complex() or value.dtype is torch.bool or not (value.is_floating_point() or is_count):
+        return f"is of {value.dtype}, not of floating-point numbers"
+    numbers = value.float()
+    if not bool(numbers.isfinite().all()):
+        return "holds NaN or infinity"
+    if (is_count or name.endswith("running_var")) and bool((numbers < 0).any()):
+        return "is negative"
+    return None
 
 
 def describe_network(state: Mapping[str, Tensor]) -> Network | None:
@@ -142,10 +182,19 @@ def load_backbone(backbone: ResNet, path: Path) -> None:
     backbone.load_state_dict(state)
 
 
+class _TooLargeError(Exception):
+    """A file that unpacks to much more than it is; the message says to what."""
+
+
 def _load(content: bytes) -> Any:
     """What `torch.save` wrote."""
     if content.startswith(b"PK"):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            num_bytes = sum(part.file_size for part in archive.infolist())
+            if num_bytes > MAX_INFLATION * len(content):
+                raise _TooLargeError(f"its {len(content):,} bytes unpack to {num_bytes:,}")
+            if any(part.external_attr & FOLDER_ATTRIBUTE for part in archive.infolist()):
+                raise zipfile.BadZipFile("a folder in place of a tensor")
             damaged_part = archive.testzip()  # torch.load does not look at the checksums
         if damaged_part is not None:
             raise zipfile.BadZipFile(damaged_part)
@@ -153,6 +202,25 @@ def _load(content: bytes) -> Any:
     with named, warnings.catch_warnings():  # about pickle protocols; what matters is an error
         warnings.simplefilter("ignore")
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _load_safetensors(content: bytes) -> dict[str, Tensor]:
+    """Tensors by name; those that fast_essl exported are compared with their digest, the format having none."""
+    state = safetensors.torch.load(content)
+    num_bytes = int.from_bytes(content[:8], "little")
+    wanted = json.loads(content[8 : 8 + num_bytes]).get("__metadata__", {}).get(DIGEST_KEY)
+    if wanted not in (None, weights_digest(state)):
+        raise ValueError("other weights than were exported")
+    return state
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes and values, in the order of the names."""
+    digest = hashlib.sha256()
+    for key, value in sorted(state.items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def exclude_bias_and_norm(*_: object) -> None:

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fast_essl.config import Config, ConfigError
+from fast_essl.errors import NonFiniteLossError
 from fast_essl.evaluate import top_accuracy
 from fast_essl.evaluate_run import count_classes, load_run, open_split, resolve_device, use_threads
 from fast_essl.optim import LARS, set_learning_rates
 from fast_essl.resnet import ResNet
-from fast_essl.run import NonFiniteLossError
 from fast_essl.schedule import learning_rate_share
 from fast_essl.staging import to_device
 from loaders.images import open_beton

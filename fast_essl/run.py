@@ -19,16 +19,13 @@ from fast_essl.checkpoint import FORMAT_VERSION, load_checkpoint, save_checkpoin
 from fast_essl.config import RunConfig
 from fast_essl.config_io import config_to_table
 from fast_essl.distributed import max_over_ranks, mean_over_ranks, rank
+from fast_essl.errors import NonFiniteLossError
 from fast_essl.ranks import all_or_none
 
 T = TypeVar("T")
 
 NO_STEP = 2**62
 """A number above that of any step."""
-
-
-class NonFiniteLossError(Exception):
-    """The loss stopped being a number; the message is one line with the step and the last good checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,18 +37,13 @@ def add_speedrun(commands: Any) -> None:
 
 def _speedrun(arguments: argparse.Namespace) -> int:
     from fast_essl.config_io import find_config, load_config
-    from fast_essl.run import NonFiniteLossError
     from fast_essl.speedrun import default_record_dir, result_lines, run_speedrun, shortfall
 
     runs = [] if arguments.runs is None else ["--speedrun.runs", arguments.runs]
     path = find_config(arguments.config)
     config = load_config(path, [*arguments.overrides, *runs])
     out = arguments.out or Path("runs") / path.stem
-    try:
-        record, record_path = run_speedrun(config, out, arguments.record_dir or default_record_dir())
-    except NonFiniteLossError as error:
-        print(f"fast-essl: error: {error}", file=sys.stderr)
-        return 1
+    record, record_path = run_speedrun(config, out, arguments.record_dir or default_record_dir())
     print("\n".join(result_lines(record, record_path)))
     missed = shortfall(record)
     if missed is None:

@@ -23,7 +23,6 @@ import json
 import re
 import signal
 import statistics
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,14 @@ from typing import Any
 
 from fast_essl import run_folder
 from fast_essl.config import Config, ConfigError
-from fast_essl.config_io import apply_overrides, config_from_table, find_config, lay_over, read_table
+from fast_essl.config_io import (
+    apply_overrides,
+    config_from_table,
+    find_config,
+    lay_over,
+    read_table,
+    read_toml,
+)
 from fast_essl.evaluate_run import evaluate_run, random_accuracy
 from fast_essl.pretrain import pretrain
 from fast_essl.transformations import config_transformations
@@ -68,10 +74,7 @@ class Cell:
 
 def load_study(path: Path) -> Study:
     """Read a study. Errors: `ConfigError` of one line; `OSError`."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}") from None
+    table = read_toml(path)
     forms: dict[str, Callable[[Any], bool]] = {
         "title": lambda value: isinstance(value, str),
         "rows": lambda value: (

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from fast_essl.config import Config, ConfigError
-from loaders.transformation import Transformation, TransformationFunction
+from loaders.errors import DataError
+from loaders.transformation import Transformation, TransformationFunction, apply, error_in
 from loaders.views import reference
 
 BLUR_SIGMA = 1 / 16
@@ -140,16 +141,17 @@ def build_transformation(name: str, elements: tuple[int, ...] = (), *, size: int
     if function is None:
         known = ", ".join(TRANSFORMATIONS)
         raise ConfigError(f"transformation {name!r} is unknown; choose one of {known}, or file.py:function")
-    images = torch.zeros(2, 3, size, size)
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    before = images.clone()
     try:
-        results = function(images)
-    except ValueError as error:
-        raise ConfigError(f"transformation {name!r}: {error}") from None
-    wrong = [tuple(result.shape) for result in results if result.shape != images.shape]
-    if wrong:
-        raise ConfigError(
-            f"transformation {name!r}: makes {wrong[0]} of images of shape {tuple(images.shape)}"
-        )
+        results = apply(function, images, name=name)
+    except DataError as error:
+        raise ConfigError(str(error)) from None
+    # By way of numpy, for example, which torch does not see.
+    if not torch.equal(images, before):
+        raise ConfigError(f"transformation {name!r}: changes the images that it is given; return others")
+    if not all(bool(result.isfinite().all()) for result in results):
+        raise ConfigError(f"transformation {name!r}: makes NaN or infinity of levels in [0, 1]")
     elements = elements or tuple(range(len(results)))
     if (
         len(elements) < 2
@@ -160,7 +162,7 @@ def build_transformation(name: str, elements: tuple[int, ...] = (), *, size: int
             f"transformation {name!r}: its elements are 0 to {len(results) - 1}; choose two or more different "
             f"ones, not {list(elements)}"
         )
-    return Transformation(name=name, function=function, elements=elements)
+    return Transformation(name=name, function=function, elements=elements, num_results=len(results))
 
 
 def config_transformations(config: Config) -> tuple[Transformation | None, Transformation | None]:
@@ -196,8 +198,13 @@ def _load_function(name: str) -> TransformationFunction:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"transformation {name!r}: {path} does not load: {error!r}") from error
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    # Also SystemExit, as of a script that was not meant to be imported.
+    except BaseException as error:
+        raise ConfigError(
+            f"transformation {name!r}: {path} does not load: {error_in(spec.origin or path, error)}"
+        ) from error
     function: TransformationFunction | None = getattr(module, function_name, None)
     if not callable(function):
         raise ConfigError(f"transformation {name!r}: {path} has no function {function_name!r}")

@@ -7,6 +7,10 @@ from typing import Literal
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_SIDE = 4096
+"""Of a view, pixels."""
+MAX_FACTOR = 1000.0
+"""Of a jitter, a ratio or a blur: far above what an image survives, far below where float32 overflows."""
 
 CropMode = Literal["random", "center"]
 Interpolation = Literal["bilinear", "bicubic"]
@@ -63,7 +67,7 @@ class Recipe:
 
     def _checks(self) -> list[tuple[str, bool, str]]:
         checks = [
-            ("size", not 1 <= self.size <= 4096, "must be from 1 to 4096 pixels"),
+            ("size", not 1 <= self.size <= MAX_SIDE, f"must be from 1 to {MAX_SIDE} pixels"),
             ("crop", self.crop not in ("random", "center"), "must be 'random' or 'center'"),
             (
                 "interpolation",
@@ -71,18 +75,36 @@ class Recipe:
                 "must be 'bilinear' or 'bicubic'",
             ),
             ("scale", not 0 < self.scale[0] <= self.scale[1] <= 1, "must be 0 < low <= high <= 1"),
-            ("ratio", not 0 < self.ratio[0] <= self.ratio[1], "must be 0 < low <= high"),
+            (
+                "ratio",
+                not 1 / MAX_FACTOR <= self.ratio[0] <= self.ratio[1] <= MAX_FACTOR,
+                f"must be {1 / MAX_FACTOR:g} <= low <= high <= {MAX_FACTOR:g}",
+            ),
             ("center_fraction", not 0 < self.center_fraction <= 1, "must be in (0, 1]"),
             ("hue", not 0 <= self.hue <= 0.5, "must be in [0, 0.5]"),
-            ("blur_sigma", not 0 < self.blur_sigma[0] <= self.blur_sigma[1], "must be 0 < low <= high"),
-            ("std", min(self.std) <= 0, "must be above 0"),
+            (
+                "blur_sigma",
+                not 1 / MAX_FACTOR <= self.blur_sigma[0] <= self.blur_sigma[1] <= MAX_FACTOR,
+                f"must be {1 / MAX_FACTOR:g} <= low <= high <= {MAX_FACTOR:g} pixels",
+            ),
+            (
+                "mean",
+                not all(abs(value) <= MAX_FACTOR for value in self.mean),
+                f"must be from -{MAX_FACTOR:g} to {MAX_FACTOR:g}",
+            ),
+            (
+                "std",
+                not all(1 / MAX_FACTOR <= value <= MAX_FACTOR for value in self.std),
+                f"must be above 0, from {1 / MAX_FACTOR:g} to {MAX_FACTOR:g}",
+            ),
         ]
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name.endswith("_p"):
                 checks.append((field.name, not 0 <= value <= 1, "must be a probability in [0, 1]"))
         for name in ("brightness", "contrast", "saturation"):
-            checks.append((name, not getattr(self, name) >= 0, "must be 0 or more"))
+            inside = 0 <= getattr(self, name) <= MAX_FACTOR
+            checks.append((name, not inside, f"must be 0 or more, at most {MAX_FACTOR:g}"))
         return checks
 
     @staticmethod

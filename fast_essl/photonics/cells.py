@@ -20,7 +20,7 @@ from typing import Literal
 import numba
 import numpy as np
 
-from fast_essl.config_commands import require
+from fast_essl.limits import require
 from loaders.parameters import philox
 
 SIDE = 32

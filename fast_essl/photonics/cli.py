@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +96,11 @@ def _generate(arguments: argparse.Namespace) -> int:
 def _pretrain(arguments: argparse.Namespace) -> int:
     from fast_essl.photonics.config import load_preset, of_row
     from fast_essl.photonics.pretrain import pretrain_cells
-    from fast_essl.run import NonFiniteLossError
 
     config = load_preset(arguments.preset, arguments.overrides)
     seed = config.train.seed
     run_dir = arguments.run_dir or Path("runs") / f"photonics-{arguments.row}-seed{seed}"
-    try:
-        summary = pretrain_cells(of_row(config, arguments.row, seed), run_dir)
-    except NonFiniteLossError as error:
-        return _failed(error)
+    summary = pretrain_cells(of_row(config, arguments.row, seed), run_dir)
     if summary.signal_number is not None:
         print(f"{run_dir}: stopped at step {summary.step} of {summary.num_steps}; the same command continues")
         return 128 + summary.signal_number
@@ -115,12 +110,8 @@ def _pretrain(arguments: argparse.Namespace) -> int:
 
 def _finetune(arguments: argparse.Namespace) -> int:
     from fast_essl.photonics.finetune import finetune_run
-    from fast_essl.run import NonFiniteLossError
 
-    try:
-        print(json.dumps(finetune_run(arguments.run_dir, overrides=arguments.overrides)))
-    except NonFiniteLossError as error:
-        return _failed(error)
+    print(json.dumps(finetune_run(arguments.run_dir, overrides=arguments.overrides)))
     return 0
 
 
@@ -128,19 +119,10 @@ def _study(arguments: argparse.Namespace) -> int:
     from fast_essl.photonics.config import load_preset
     from fast_essl.photonics.pages import write_pages
     from fast_essl.photonics.study import run_study
-    from fast_essl.run import NonFiniteLossError
 
     config = load_preset(arguments.preset, arguments.overrides)
     out = arguments.out or Path("runs") / f"photonics-{arguments.preset.stem}"
-    try:
-        run_study(config, out)
-    except NonFiniteLossError as error:
-        return _failed(error)
+    run_study(config, out)
     for page in write_pages(config, out):
         print(page)
     return 0
-
-
-def _failed(error: Exception) -> int:
-    print(f"fast-essl: error: {error}", file=sys.stderr)
-    return 1

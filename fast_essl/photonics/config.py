@@ -11,10 +11,22 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from fast_essl.config import ConfigError, MethodConfig, OptimizerConfig, TrainConfig, TransformationConfig
-from fast_essl.config_commands import require
 from fast_essl.config_io import load_settings
+from fast_essl.limits import (
+    MAX_BATCH_SIZE,
+    MAX_DECAY,
+    MAX_EPOCHS,
+    MAX_RATE,
+    MAX_SEED,
+    MAX_STEPS,
+    MAX_THREADS,
+    MAX_WIDTH,
+    MIN_RATE,
+    require,
+    require_range,
+)
 from fast_essl.photonics.cells import CellsConfig
-from fast_essl.photonics.generate import CountsConfig
+from fast_essl.photonics.generate import MAX_CELLS, CountsConfig
 from fast_essl.photonics.solver import SolverConfig
 
 Row = Literal["none", "simclr", "simclr_poor", "e_simclr"]
@@ -52,10 +64,7 @@ class CellModelConfig:
     """Widths of the hidden layers between the features and the density of states."""
 
     def __post_init__(self) -> None:
-        for name in ("channels", "predictor"):
-            require(self, name, all(width >= 1 for width in getattr(self, name)), "numbers of 1 or more")
-        for name in ("hidden", "projector_hidden", "projector_out"):
-            require(self, name, getattr(self, name) >= 1, "1 or more")
+        require_range(self, "channels hidden projector_hidden projector_out predictor", 1, MAX_WIDTH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +105,12 @@ class DosFinetuneConfig:
             self.num_labels >= 1,
             "1 or more: without labelled cells nothing can be fitted",
         )
-        for name in ("epochs", "batch_size"):
-            require(self, name, getattr(self, name) >= 1, "1 or more")
-        require(self, "min_steps", self.min_steps >= 0, "0 or more")
-        require(self, "learning_rate", 0 < self.learning_rate < float("inf"), "above 0")
-        require(self, "weight_decay", 0 <= self.weight_decay < float("inf"), "0 or more")
+        require_range(self, "num_labels", 1, MAX_CELLS)
+        require_range(self, "epochs", 1, MAX_EPOCHS)
+        require_range(self, "batch_size", 1, MAX_BATCH_SIZE)
+        require_range(self, "min_steps", 0, MAX_STEPS)
+        require_range(self, "learning_rate", MIN_RATE, MAX_RATE)
+        require_range(self, "weight_decay", 0, MAX_DECAY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +126,12 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         distinct = len(set(self.seeds)) == len(self.seeds) > 0
-        require(self, "seeds", distinct and min(self.seeds) >= 0, "different numbers of 0 or more")
+        inside = distinct and 0 <= min(self.seeds) <= max(self.seeds) <= MAX_SEED
+        require(self, "seeds", inside, f"different numbers of 0 or more, at most {MAX_SEED:,}")
         distinct = len(set(self.num_labels)) == len(self.num_labels) > 0
         require(self, "num_labels", distinct and min(self.num_labels) >= 1, "different numbers of 1 or more")
-        require(self, "workers", self.workers >= 0, "0 or more")
+        require_range(self, "num_labels", 1, MAX_CELLS)
+        require_range(self, "workers", 0, MAX_THREADS)
 
 
 _USED_FIELDS = {

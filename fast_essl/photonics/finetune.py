@@ -18,6 +18,7 @@ from fast_essl import run_folder
 from fast_essl.checkpoint import FORMAT_VERSION, load_file, save_file
 from fast_essl.config import ConfigError
 from fast_essl.config_io import load_settings
+from fast_essl.errors import NonFiniteLossError
 from fast_essl.evaluate_run import resolve_device, use_threads
 from fast_essl.losses import dos_error
 from fast_essl.photonics.config import PhotonicsConfig
@@ -25,7 +26,6 @@ from fast_essl.photonics.dos import EMPTY_LATTICE, NUM_PREDICTED
 from fast_essl.photonics.model import CellNet, DosNet, build_cell_net, build_dos_net
 from fast_essl.photonics.source import FINETUNE_VIEW, as_images, augmented, draw_words
 from fast_essl.photonics.store import CellFile, Split, read_cells
-from fast_essl.run import NonFiniteLossError
 from fast_essl.schedule import learning_rate_share
 from loaders.errors import DataError
 from loaders.order import epoch_order

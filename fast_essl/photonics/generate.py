@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fast_essl.config import ConfigError
-from fast_essl.config_commands import require
+from fast_essl.limits import require_range
 from fast_essl.photonics.cells import SIDE, CellsConfig, make_cell
 from fast_essl.photonics.dos import NUM_FREQUENCIES, normalised_dos
 from fast_essl.photonics.solver import SolverConfig, bands, k_mesh
@@ -22,6 +22,8 @@ from fast_essl.photonics.store import SPLITS, CellFile, Split, read_cells, write
 
 MAX_BANDS = 40
 """Bands that the density of states is taken from; far more than reach its frequencies."""
+MAX_CELLS = 10**7
+"""Of a split; 40 GB of them."""
 _CUDA_BATCH = 32
 
 
@@ -39,8 +41,7 @@ class CountsConfig:
     """Labelled cells that results are told on (paper: 2,000)."""
 
     def __post_init__(self) -> None:
-        for name in SPLITS:
-            require(self, name, 0 <= getattr(self, name) < 2**32, "0 or more, below 2**32")
+        require_range(self, " ".join(SPLITS), 0, MAX_CELLS)
 
 
 def generate(

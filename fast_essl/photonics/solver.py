@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fast_essl.config_commands import require
+from fast_essl.limits import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,8 @@ class SolverConfig:
 
     def __post_init__(self) -> None:
         require(self, "plane_wave_order", 1 <= self.plane_wave_order <= 15, "from 1 to 15")
-        require(self, "k_mesh", self.k_mesh >= 4 and self.k_mesh % 2 == 0, "even and 4 or more")
+        even = self.k_mesh % 2 == 0
+        require(self, "k_mesh", 4 <= self.k_mesh <= 512 and even, "even and 4 or more, at most 512")
         require(self, "smoothing", 0 <= self.smoothing <= 0.1, "in [0, 0.1]")
 
 

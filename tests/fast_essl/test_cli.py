@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -89,6 +90,54 @@ def test_a_mistake_is_one_line_and_code_2(
     assert err.startswith("fast-essl: error: ")
     assert err.count("\n") == 1
     assert wanted in err
+
+
+PLACES = (
+    "folder",
+    "empty",
+    "bytes",
+    "fifo",
+    "dangling",
+    "loop",
+    "/dev/null",
+    "/dev/zero",
+    "x" * 300,
+    "run",
+    "a\nb",
+)
+"""What may stand where a file or a run's folder belongs; `run` holds fifos in place of its files."""
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place[:10])
+def test_whatever_stands_in_place_of_a_file_is_one_line_and_code_2(
+    place: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty").touch()
+    (tmp_path / "bytes").write_bytes(bytes(range(256)))
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "run").mkdir()
+    for fifo in ("fifo", "run/config.toml", "run/last.pt", "run/metrics.jsonl"):
+        os.mkfifo(fifo)
+    for words in (
+        ["pretrain", place],
+        ["evaluate", place],
+        ["probe", place],
+        ["finetune", place],
+        ["export", place, "out.pth"],
+        ["study", place],
+        ["speedrun", place],
+        ["report", place],
+        ["bench", place],
+        ["photonics", "generate", "--preset", place],
+        ["photonics", "finetune", place],
+    ):
+        code, out, err = _run(words, capsys)
+        assert (code, out) == (2, ""), (words, err)
+        assert err.startswith("fast-essl: error: ") and err.count("\n") == 1, (words, err)
+        assert " ".join(place.split()) in err, (words, err)
 
 
 def test_help_is_there_and_loads_no_torch() -> None:

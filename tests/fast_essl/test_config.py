@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fast_essl.config import Config, ConfigError
-from fast_essl.config_io import config_to_toml, find_config, load_config
+from fast_essl.config_io import build_settings, config_to_table, config_to_toml, find_config, load_config
+from fast_essl.photonics.config import PhotonicsConfig, load_preset
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MINIMAL = """
@@ -192,3 +197,128 @@ def test_a_recipe_is_found_by_name_and_a_file_by_path(
 def test_what_does_not_go_together_is_refused(tmp_path: Path, overrides: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(_write(tmp_path, MINIMAL), overrides.split())
+
+
+def _with_numbers_replaced(
+    table: dict[str, Any], value: float, prefix: str = ""
+) -> Iterator[tuple[str, dict]]:
+    """(key, table) for each field of a configuration that holds numbers, with `value` in their place."""
+    for name, held in table.items():
+        if isinstance(held, dict):
+            for key, inner in _with_numbers_replaced(held, value, f"{prefix}{name}."):
+                yield key, {**table, name: inner}
+        elif isinstance(held, list):
+            yield prefix + name, {**table, name: [value] * (len(held) or 2)}
+        elif type(held) in (int, float):
+            yield prefix + name, {**table, name: value}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [10**400, -(10**400), 2**5_000, 2**63, 1e308, -1e308, math.inf, math.nan],
+    ids=["1e400", "-1e400", "2**5000", "2**63", "1e308", "-1e308", "inf", "nan"],
+)
+@pytest.mark.parametrize("kind", [Config, PhotonicsConfig])
+def test_no_field_takes_an_absurd_number(kind: type, value: float) -> None:
+    config = load_preset(Path("cpu")) if kind is PhotonicsConfig else load_config(RECIPES[0])
+    keys = []
+    for key, table in _with_numbers_replaced(config_to_table(config), value):
+        with pytest.raises(ConfigError) as error:
+            build_settings(kind, table, source="my.toml")
+        message = str(error.value)
+        assert message.startswith(f"my.toml: {key} = "), message
+        assert ": must be " in message and "\n" not in message and len(message) < 500, message
+        keys.append(key)
+    assert len(keys) > 30
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (
+            "--train.num-threads 1000000000",
+            "train.num_threads = 1000000000: must be 0 or more, at most 1,024",
+        ),
+        ("--data.num-workers 1000000", "data.num_workers = 1000000: must be 0 or more, at most 1,024"),
+        ("--views.view1.size 1000000", "views.view1.size = 1000000: must be from 1 to 4096 pixels"),
+        ("--model.width 10000000", "model.width = 10000000: must be 1 or more, at most 1,024"),
+        ("--train.batch-size 10000000", "train.batch_size = 10000000: must be 2 or more, at most 1,048,576"),
+        (
+            "--optimizer.weight-decay 1e308",
+            "optimizer.weight_decay = 1e+308: must be 0 or more, at most 1,000",
+        ),
+        ("--train.epochs 1e400", "train.epochs = '1e400': must be a whole number"),
+        ("--train.seed 1" + 5000 * "0", "train.seed = '1"),
+    ],
+)
+def test_an_absurd_override_is_told_with_what_is_allowed(tmp_path: Path, words: str, wanted: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(_write(tmp_path, MINIMAL), words.split())
+    assert str(error.value).startswith(f"command line: {wanted}")
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (b"", "data is missing|data.train is missing"),
+        (b"\xff\xfe", "not a TOML file"),
+        (b"a = \0", "not a TOML file"),
+        (b"[train]\nepochs = 1" + 5000 * b"0", "not a TOML file"),
+        (b"[train]\nepochs = 0x" + 5000 * b"f", "epochs = a number of thousands of digits: must be below 2"),
+        (b"a = " + 5000 * b"[", "nested too deeply"),
+        (b"a = " + 50 * b"[" + 50 * b"]", "nested more than 16 deep"),
+        (b"a" + 5000 * b".a" + b" = 1", "nested more than 16 deep"),
+        (b"#" * (2**20 + 1), "more than 1,048,576 bytes"),
+        (b'data.train = "a\\u0000b"', "data.train = 'a.x00b': must be UTF-8 text without a NUL"),
+        (b'data.train = ""', "data.train = '': must be the path of a file"),
+        (b'extends = "a\\u0000b"', "extends = 'a.x00b': must be the name of a recipe"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_one_line(tmp_path: Path, content: bytes, wanted: str) -> None:
+    path = tmp_path / "my.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=wanted) as error:
+        load_config(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + MINIMAL.encode())
+    assert load_config(path).data.train == Path("a.beton")
+
+
+def test_a_fifo_or_a_device_in_place_of_the_file_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "my.toml")
+    for path in (tmp_path / "my.toml", Path("/dev/zero")):
+        with pytest.raises(ConfigError, match=f"{path}: is not a regular file"):
+            load_config(path)
+    with pytest.raises(IsADirectoryError, match="configs"):
+        load_config(CONFIGS)
+
+
+def test_files_that_extend_one_another_end(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    # By another path each time: sub/../sub/../…
+    (tmp_path / "a.toml").write_text('extends = "sub/b"')
+    (tmp_path / "sub" / "b.toml").write_text('extends = "../a"')
+    with pytest.raises(ConfigError, match=r"extends itself, by way of .*b\.toml"):
+        load_config(tmp_path / "a.toml")
+    (tmp_path / "link.toml").symlink_to("again.toml")
+    (tmp_path / "again.toml").symlink_to("link.toml")
+    (tmp_path / "looped.toml").write_text('extends = "link"')
+    with pytest.raises((OSError, ConfigError), match="link"):
+        load_config(tmp_path / "looped.toml")
+    for number in range(30):
+        (tmp_path / f"chain{number}.toml").write_text(f'extends = "chain{number + 1}"')
+    with pytest.raises(ConfigError, match=r"chain0\.toml extends more than 16 files"):
+        load_config(tmp_path / "chain0.toml")
+
+
+def test_a_text_that_is_not_utf_8_is_refused_before_it_is_saved(tmp_path: Path) -> None:
+    # As the system hands over a word that is not UTF-8.
+    word = b"caf\xe9.beton".decode("utf-8", "surrogateescape")
+    with pytest.raises(ConfigError, match=r"command line: data\.train = .*must be UTF-8 text"):
+        load_config(_write(tmp_path, MINIMAL), ["--data.train", word])

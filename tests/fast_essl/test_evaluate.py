@@ -19,6 +19,7 @@ from fast_essl.evaluate import (
 )
 from fast_essl.resnet import build_backbone
 from loaders.batch import Views
+from loaders.errors import DataError
 
 
 def clusters(count, seed, num_classes=4, size=12, spread=2.5):
@@ -138,3 +139,12 @@ def test_an_accuracy_is_the_nearest_number_to_its_share():
     labels[1::2][:480] = 1
     labels[0::2] = 1
     assert top_accuracy(scores, labels, 1) == 0.48
+
+
+def test_features_that_overflow_are_no_result():
+    backbone = build_backbone("resnet10", width=4)
+    with torch.no_grad():
+        for weight in backbone.parameters():
+            weight.mul_(1e15)
+    with pytest.raises(DataError, match="the features are not finite"):
+        evaluate_backbone(backbone, batches(40, 0), batches(40, 1), num_classes=3)

@@ -16,7 +16,7 @@ from fast_essl.config import ConfigError
 from fast_essl.config_io import load_config
 from fast_essl.evaluate_run import load_run
 from fast_essl.export import export_backbone
-from fast_essl.interchange import read_backbone
+from fast_essl.interchange import read_backbone, weights_digest
 from fast_essl.pretrain import pretrain
 from fast_essl.resnet import build_backbone
 from loaders.errors import DataError
@@ -132,7 +132,8 @@ def test_the_metadata_tells_what_the_file_is(run_dir, tmp_path):
         ("theirs", {"architecture": "resnet18", "width": "8", "stem": "imagenet"}),
     ):
         with safetensors.safe_open(tmp_path / f"{name}.safetensors", "pt") as file:
-            assert file.metadata() == common | expected
+            digest = {"weights_sha256": weights_digest(read_backbone(tmp_path / f"{name}.safetensors"))}
+            assert file.metadata() == common | expected | digest
 
 
 @pytest.mark.parametrize(

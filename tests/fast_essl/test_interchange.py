@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import sys
+import warnings
+import zipfile
 
 import pytest
 import torch
@@ -167,6 +170,38 @@ def test_a_flipped_bit_is_never_read_as_other_weights(tmp_path, seed):
         assert state.keys() == source.keys() and all(torch.equal(state[key], source[key]) for key in source)
 
 
+@pytest.mark.parametrize("seed", range(100))
+def test_a_flipped_bit_of_an_exported_file_is_never_read_as_other_weights(tmp_path, seed):
+    torch.manual_seed(0)
+    source = build_backbone("resnet10", width=1).state_dict()
+    torch.save(source, tmp_path / "source.pth")
+    export_backbone(tmp_path / "source.pth", tmp_path / "file.safetensors")
+    content = bytearray((tmp_path / "file.safetensors").read_bytes())
+    generator = random.Random(seed)
+    content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+    (tmp_path / "file.safetensors").write_bytes(content)
+    try:
+        state = read_backbone(tmp_path / "file.safetensors")
+    except DataError:
+        pass
+    else:  # the bit was in what is told of the file
+        assert state.keys() == source.keys() and all(torch.equal(state[key], source[key]) for key in source)
+
+
+def test_a_bit_that_makes_a_tensor_a_folder_is_refused(tmp_path):
+    torch.manual_seed(0)
+    torch.save({"backbone": build_backbone("resnet10", width=1).state_dict()}, tmp_path / "file.pth")
+    content = (tmp_path / "file.pth").read_bytes()
+    starts = [match.start() for match in re.finditer(b"PK\x01\x02", content)]
+    assert len(starts) > 70
+    for start in starts:
+        damaged = bytearray(content)
+        damaged[start + 38] ^= 0x10
+        (tmp_path / "file.pth").write_bytes(damaged)
+        with pytest.raises(DataError, match="damaged"):
+            read_backbone(tmp_path / "file.pth")
+
+
 def test_a_flipped_weight_is_refused(tmp_path):
     source = build_backbone("resnet10", width=4).state_dict()
     torch.save(source, tmp_path / "file.pth")
@@ -233,3 +268,91 @@ def test_a_network_is_told_by_its_shapes(backbone, stem):
         assert describe_network(part) is None
     for weight in (torch.ones(6, 3, 5, 5), torch.ones(()), torch.ones(0, 3, 3, 3), torch.ones(7, 3, 3, 3)):
         assert describe_network({**state, "conv1.weight": weight}) is None
+
+
+def changed(index, number):
+    """Weights with one of their numbers replaced."""
+
+    def change(weights):
+        weights = weights.clone()
+        weights.view(-1)[index] = number
+        return weights
+
+    return change
+
+
+WEIGHT = "layer1.0.conv1.weight"
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "told"),
+    [
+        (WEIGHT, changed(3, float("nan")), "holds NaN or infinity"),
+        (WEIGHT, changed(-1, float("-inf")), "holds NaN or infinity"),
+        (WEIGHT, lambda w: w.double() * 1e300, "holds NaN or infinity"),  # in float32
+        (WEIGHT, lambda w: w.to_sparse(), "is not a dense tensor"),
+        (WEIGHT, lambda w: torch.nested.nested_tensor([w[0, 0, 0], w[0, 0, 0, :2]]), "is not a dense tensor"),
+        (WEIGHT, lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "is quantised"),
+        (WEIGHT, lambda w: w.long(), "is of torch.int64, not of floating-point numbers"),
+        (WEIGHT, lambda w: w > 0, "is of torch.bool"),
+        (WEIGHT, lambda w: w + 1j, "is of torch.complex64"),
+        (WEIGHT, lambda w: w.to("meta"), "has a shape, but no values"),
+        (WEIGHT, lambda w: torch.ones(1).expand(10**6, 10**6, 3, 3), "claims 1000000×1000000×3×3 numbers"),
+        (WEIGHT, lambda w: [1.0], "is not a tensor"),
+        ("bn1.running_var", changed(0, -1e-9), "is negative"),
+        ("bn1.num_batches_tracked", lambda n: n - 5, "is negative"),
+        ("bn1.num_batches_tracked", lambda n: n * 1j, "is of torch.complex64"),
+    ],
+)
+def test_a_tensor_that_is_no_weight_is_refused_by_name(tmp_path, key, change, told):
+    state = build_backbone("resnet10", width=8).state_dict()
+    with warnings.catch_warnings():  # of nested and quantised tensors
+        warnings.simplefilter("ignore")
+        torch.save({**state, key: change(state[key])}, tmp_path / "file.pth")
+        with pytest.raises(DataError) as error:
+            load_backbone(build_backbone("resnet10", width=8), tmp_path / "file.pth")
+    assert str(error.value).startswith(f"{tmp_path / 'file.pth'}: {key} {told}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_floating_point_types_are_read(tmp_path, dtype):
+    state = build_backbone("resnet10", width=8).state_dict()
+    torch.save({k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}, tmp_path / "a.pth")
+    read = read_backbone(tmp_path / "a.pth")
+    assert read[WEIGHT].dtype is torch.float32
+    assert torch.equal(read[WEIGHT], state[WEIGHT].to(dtype).float())
+
+
+def test_a_file_that_claims_more_than_it_holds_is_refused(tmp_path):
+    torch.save(build_backbone("resnet10", width=8).state_dict(), tmp_path / "good.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "good.pth") as good,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+        zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for part in good.infolist():
+            bomb.writestr(part.filename, good.read(part))
+            packed.writestr(part.filename, good.read(part))
+        bomb.writestr("good/data/999", bytes(2**24))
+    with pytest.raises(DataError, match=r"bomb\.pth: refused, since its [\d,]+ bytes unpack to [\d,]+"):
+        read_backbone(tmp_path / "bomb.pth")
+    assert read_backbone(tmp_path / "packed.pth").keys() == read_backbone(tmp_path / "good.pth").keys()
+    # A pickle of one call, bytearray(2**62), which torch lets through.
+    (tmp_path / "huge.pth").write_bytes(
+        b"\x80\x02c__builtin__\nbytearray\n\x8a\x08" + (2**62).to_bytes(8, "little") + b"\x85R."
+    )
+    with pytest.raises(DataError, match=r"huge\.pth: claims sizes that do not fit into memory"):
+        read_backbone(tmp_path / "huge.pth")
+
+
+def test_a_fifo_in_place_of_a_checkpoint_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "fifo.pth")
+    with pytest.raises(DataError, match=r"fifo\.pth: is not a regular file"):
+        read_backbone(tmp_path / "fifo.pth")
+
+
+def test_a_checkpoint_of_ours_without_its_step_is_exported(tmp_path):
+    state = build_backbone("resnet10", width=8).state_dict()
+    torch.save({"format_version": 2, "backbone": state}, tmp_path / "a.pth")
+    export_backbone(tmp_path / "a.pth", tmp_path / "b.safetensors")
+    assert read_backbone(tmp_path / "b.safetensors").keys() == state.keys()

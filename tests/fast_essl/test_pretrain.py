@@ -22,9 +22,9 @@ from fast_essl import run_folder
 from fast_essl.checkpoint import load_file
 from fast_essl.config import Config, ConfigError
 from fast_essl.config_io import load_config
+from fast_essl.errors import NonFiniteLossError
 from fast_essl.evaluate_run import evaluate_run
 from fast_essl.pretrain import pretrain
-from fast_essl.run import NonFiniteLossError
 from loaders.convert import convert
 from loaders.errors import DataError
 

@@ -25,12 +25,12 @@ from fast_essl.cli import main
 from fast_essl.config import ConfigError
 from fast_essl.config_io import load_config
 from fast_essl.distributed import gather_ragged, mean_over_ranks, num_ranks, rank
+from fast_essl.errors import NonFiniteLossError
 from fast_essl.evaluate import knn_accuracy, knn_scores
 from fast_essl.evaluate_run import resolve_device
 from fast_essl.methods import build_method
 from fast_essl.pretrain import pretrain
 from fast_essl.ranks import EndedByAnotherRankError, num_cores, process_group
-from fast_essl.run import NonFiniteLossError
 from fast_essl.source import image_source
 from loaders.errors import DataError
 

@@ -10,9 +10,11 @@ import pytest
 import torch
 from support import parity
 
+from fast_essl.cli import main
 from fast_essl.config import ConfigError
 from fast_essl.config_io import load_config
 from fast_essl.transformations import TRANSFORMATIONS, build_transformation, config_transformations
+from loaders.errors import DataError
 from loaders.transformation import source_pixels
 
 SIZE = 8
@@ -203,3 +205,86 @@ def test_a_configuration_names_what_does_not_fit(tiny_config):
     assert equivariance.elements == (0, 2) and invariance.name == "four_flips"
     plain = replace(config.method, equivariance_weight=0.0)
     assert config_transformations(replace(config, method=plain)) == (None, None)
+
+
+FUNCTION = "import sys, torch\ndef mine(images):\n    {}\n    return [images, images.flip(3)]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (FUNCTION.format("1 / 0"), "ZeroDivisionError: division by zero ({}, line 3)"),
+        (FUNCTION.format("torch.cat(3)"), "TypeError: cat(): {anything} ({}, line 3)"),
+        (
+            FUNCTION.format("raise ValueError('only at\\n8 pixels')"),
+            "ValueError: only at 8 pixels ({}, line 3)",
+        ),
+        (FUNCTION.format("sys.exit()"), "SystemExit:  ({}, line 3)"),
+        (FUNCTION.format("return None"), "returns a NoneType, not a list of tensors ({}, line 2)"),
+        (FUNCTION.format("yield images"), "returns a generator, not a list of tensors ({}, line 2)"),
+        (FUNCTION.format("return [images, 1]"), "returns a int among its copies, not a tensor ({}, line 2)"),
+        (
+            FUNCTION.format("return [images, images[:1]]"),
+            "makes (1, 3, 8, 8) of images of shape (2, 3, 8, 8) ({}, line 2)",
+        ),
+        (
+            FUNCTION.format("return [images, images.half()]"),
+            "makes torch.float16 on cpu of images of torch.float32 on cpu ({}, line 2)",
+        ),
+        (FUNCTION.format("images.mul_(2)"), "changes the images that it is given; {anything} ({}, line 2)"),
+        (FUNCTION.format("images.numpy()[:] = 0"), "changes the images that it is given; return others"),
+        (FUNCTION.format("return [images, images / 0]"), "makes NaN or infinity of levels in [0, 1]"),
+        ("def mine(images) return", "{} does not load: SyntaxError: expected ':' ({}, line 1)"),
+        ("import os\n\nos.nowhere()", "{} does not load: AttributeError: {anything} ({}, line 3)"),
+        ("import sys\nsys.exit(0)\n", "{} does not load: SystemExit: 0 ({}, line 2)"),
+    ],
+)
+def test_what_is_wrong_with_one_s_own_is_one_line_with_file_and_line(tmp_path, text, message):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        build(f"{path}:mine")
+    wanted = message.replace("{}", str(path)).split("{anything}")
+    assert str(error.value).startswith(f"transformation '{path}:mine': {wanted[0]}")
+    assert str(error.value).endswith(wanted[-1])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("return [images, images, images]", "makes 3 copies, and made 2 before ({}, line 2)"),
+        ("return [images]", "makes 1 copies, and made 2 before ({}, line 2)"),
+        ("return [images, images.half()]", "makes torch.float16 on cpu"),
+        ("images.zero_()", "changes the images that it is given"),
+        ("raise KeyError('a')", "KeyError: 'a' ({}, line 3)"),
+    ],
+)
+def test_what_goes_wrong_later_is_one_line_too(tmp_path, line, message):
+    path = tmp_path / "mine.py"
+    path.write_text(FUNCTION.format(f"if len(images) == 3: {line}"))
+    transformation = build(f"{path}:mine")
+    transformation.copies(images(4))
+    with pytest.raises(DataError) as error:
+        transformation.copies(images(3))
+    assert str(error.value).startswith(f"transformation '{path}:mine': {message.replace('{}', str(path))}")
+
+
+def test_a_function_for_one_type_alone_is_called_each_time(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(FUNCTION.format("return [images, images.float().flip(3)]"))
+    transformation = build(f"{path}:mine")
+    assert source_pixels(transformation, SIZE) is None
+    assert len(transformation.copies(images().float())) == 6
+
+
+def test_a_run_says_which_transformation_failed(tiny_config, tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    # Two images are the try at the start; the steps have eight.
+    path.write_text(FUNCTION.format("if len(images) > 2: sys.exit(0)"))
+    words = ["pretrain", str(tiny_config), "--run-dir", str(tmp_path / "run"), "--train.knn-every", "0"]
+    # Levels change, so that the function is called in every step.
+    path.write_text(path.read_text().replace("images.flip(3)", "1 - images"))
+    assert main([*words, "--transformation.equivariance", f"{path}:mine"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"fast-essl: error: transformation '{path}:mine': SystemExit: 0 ({path}, line 3)"
