@@ -24,12 +24,12 @@ from fast_essl.bench.table import describe_kernels, duration, number, table_head
 from fast_essl.bench.verdict import Figures, Verdict, judge
 from fast_essl.config import Config, ConfigError
 from fast_essl.config_io import config_to_table, find_config, load_config
-from fast_essl.doctor import available_memory_bytes
 from fast_essl.evaluate_run import resolve_device, use_threads
 from fast_essl.run_folder import describe_environment
 from loaders.beton import IMAGE_JPEG
 from loaders.convert import convert
 from loaders.images import BetonImages, open_beton
+from loaders.machine import free_memory_bytes
 
 PARTS = ("loader", "views", "kernels", "step")
 """What can be measured by itself; `all` is all of it and the end-to-end rate, which the verdict needs."""
@@ -346,7 +346,7 @@ def _conclude(
             view_stage_name=config.data.view_stage,
             compile=config.train.compile,
             num_workers=loading.num_workers(config),
-            fits_in_memory=facts["num_bytes"] <= available_memory_bytes(),
+            fits_in_memory=facts["num_bytes"] <= free_memory_bytes(),
             longer_side=facts["longer_side"],
         )
     )
