@@ -30,7 +30,6 @@ what sets the row's pixels apart. What is not installed is listed as such. Witho
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
@@ -53,6 +52,7 @@ from loaders import open_loader
 from loaders.convert import convert
 from loaders.errors import DataError
 from loaders.images import BetonImages, open_beton, open_folder
+from loaders.machine import num_cores
 from loaders.recipe import Recipe
 from loaders.views.cpu import make_views
 
@@ -63,7 +63,7 @@ RECIPES = (
     Recipe(size=96, scale=(0.05, 0.14), interpolation="bilinear", saturation=0.2, blur_p=0.1),
 )
 BATCH_SIZE = 64
-NUM_WORKERS = len(os.sched_getaffinity(0))
+NUM_WORKERS = num_cores()
 NUM_PHOTOGRAPHS = 256
 PIXELS = {
     "decode": "accurate DCT, as Pillow",

@@ -14,26 +14,17 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from fast_essl import __version__
 from fast_essl.bench.cli import add_parser as add_bench
 from fast_essl.config import Config, ConfigError
 from fast_essl.errors import NonFiniteLossError, explain
+from fast_essl.parser import NO_OVERRIDES, Parser, check_options
 from fast_essl.photonics.cli import add_parser as add_photonics
 from fast_essl.speedrun_command import add_speedrun
 from fast_essl.streams import Output, prepare_streams
 
 PRETRAIN_USAGE = "fast-essl pretrain CONFIG [--run-dir DIR] [--section.field VALUE ...]"
-
-NO_OVERRIDES = ("convert", "export", "transformations", "report", "doctor")
-"""Commands that do not take `--section.field VALUE`."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line instead of the usage and a line."""
-        self.exit(2, f"fast-essl: error: {message}; see `{self.prog} --help`\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,7 +59,10 @@ def _finish(output: Output | None, code: int) -> int:
 
 def _run_command(argv: list[str] | None) -> int:
     parser = _build_parser()
-    arguments, rest = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if not _is_rank():  # ranks have their errors told once, by the command
+        check_options(parser, words)
+    arguments, rest = parser.parse_known_args(words)
     if rest and arguments.command in NO_OVERRIDES:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.overrides = rest
@@ -89,7 +83,7 @@ def _is_rank() -> bool:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="fast-essl",
         description="Equivariant Self-Supervised Learning (Dangovski et al., ICLR 2022), pretrained fast.",
         allow_abbrev=False,

@@ -7,7 +7,6 @@ value and, for a name, the nearest valid one.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import os
@@ -15,10 +14,12 @@ import stat
 import tomllib
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from fast_essl.config import Config, ConfigError
+from fast_essl.nearest import nearest
 
 COMMAND_LINE = "command line"
 MAX_NUM_BYTES = 2**20
@@ -29,10 +30,11 @@ Settings = TypeVar("Settings")
 """A dataclass of the form of `Config`: fields, and sections that are such dataclasses."""
 
 
-def find_config(name: Path) -> Path:
+def find_config(name: Path, other_words: Iterable[str] = ()) -> Path:
     """The file at `name` or, for a bare name such as `e_simclr_cifar10`, the recipe that comes with fast_essl.
 
-    Errors: `ConfigError` naming the recipe nearest to a bare name that is none.
+    Errors: `ConfigError` naming the recipe, or that of the other words that could stand there, which is nearest to a
+    bare name that is none.
     """
     if name.exists() or name.suffix or name.name != str(name):
         return name
@@ -40,8 +42,8 @@ def find_config(name: Path) -> Path:
     folders = (package / "configs", package.parent / "configs")  # installed, and in a checkout
     recipes = {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}
     if name.name not in recipes:
-        nearest = _nearest(name.name, list(recipes))
-        raise ConfigError(f"{name}: neither a file nor a recipe of fast_essl; the nearest is {nearest}")
+        found = nearest(name.name, [*recipes, *other_words])
+        raise ConfigError(f"{name}: neither a file nor a recipe of fast_essl; the nearest is {found}")
     return recipes[name.name]
 
 
@@ -222,17 +224,6 @@ def _hints(section: type) -> dict[str, Any]:
     return {item.name: hints[item.name] for item in dataclasses.fields(section)}
 
 
-def _nearest(key: str, names: list[str]) -> str:
-    """The valid name most like `key`, which may be right in its last part and wrong in its section."""
-
-    def likeness(name: str) -> float:
-        whole = difflib.SequenceMatcher(None, key, name).ratio()
-        last = difflib.SequenceMatcher(None, key.rpartition(".")[2], name.rpartition(".")[2]).ratio()
-        return whole + last
-
-    return max(names, key=likeness)
-
-
 def _build(
     section: type, table: dict[str, Any], prefix: str, source: str, sources: dict[str, str], kind: type
 ) -> Any:
@@ -243,8 +234,8 @@ def _build(
         key = prefix + name
         origin = sources.get(key, source)
         if name not in hints:
-            where, nearest = _unknown(key, value, kind)
-            raise ConfigError(f"{origin}: unknown key {where}; the nearest valid name is {nearest}")
+            where, found = _unknown(key, value, kind)
+            raise ConfigError(f"{origin}: unknown key {where}; the nearest valid name is {found}")
         if not dataclasses.is_dataclass(hints[name]):
             values[name] = _convert(value, hints[name], f"{origin}: {key}")
         elif isinstance(value, dict):
@@ -273,8 +264,8 @@ def _unknown(key: str, value: Any, kind: type) -> tuple[str, str]:
     types_by_key = _field_types(kind)
     if isinstance(value, dict):
         sections = sorted({name.rpartition(".")[0] for name in types_by_key} - {""})
-        return f"[{key}]", f"[{_nearest(key, sections)}]"
-    return f"{key} = {_shown(value)}", _nearest(key, list(types_by_key))
+        return f"[{key}]", f"[{nearest(key, sections)}]"
+    return f"{key} = {_shown(value)}", nearest(key, list(types_by_key))
 
 
 def _shown(value: Any) -> str:
@@ -308,9 +299,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if origin is Literal:
         choices = typing.get_args(hint)
         if value not in choices:
-            nearest = _nearest(_shown(value), list(choices))
+            found = nearest(_shown(value), list(choices))
             listed = ", ".join(repr(choice) for choice in choices)
-            raise ConfigError(f"{wrong} one of {listed}; the nearest is {nearest!r}")
+            raise ConfigError(f"{wrong} one of {listed}; the nearest is {found!r}")
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
@@ -359,11 +350,7 @@ def apply_overrides(table: dict[str, Any], tokens: list[str], kind: type = Confi
             values.append(tokens[position])
             position += 1
         if key not in types_by_key:
-            nearest = _nearest(key, list(types_by_key)).replace("_", "-")
-            shown = " ".join([option, *values])
-            raise ConfigError(
-                f"{COMMAND_LINE}: unknown option {shown}; the nearest valid name is --{nearest}"
-            )
+            raise unknown_option(" ".join([option, *values]), options_of(kind))
         *sections, name = key.split(".")
         inner = table
         for section in sections:
@@ -374,6 +361,17 @@ def apply_overrides(table: dict[str, Any], tokens: list[str], kind: type = Confi
             inner[name] = _parse_tokens(values, types_by_key[key], f"{COMMAND_LINE}: {option}")
             written.append(key)
     return written
+
+
+def options_of(kind: type) -> list[str]:
+    """`--section.field` of every field of settings of a kind."""
+    return [f"--{key.replace('_', '-')}" for key in _field_types(kind)]
+
+
+def unknown_option(words: str, options: list[str]) -> ConfigError:
+    """The error for an option, with its values, that is none of those that there are."""
+    found = nearest(words.split(" ", 1)[0], options)
+    return ConfigError(f"{COMMAND_LINE}: unknown option {words}; the nearest valid name is {found}")
 
 
 def _parse_tokens(values: list[str], hint: Any, where: str) -> Any:

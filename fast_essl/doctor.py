@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -13,15 +12,15 @@ from pathlib import Path
 
 import numba
 import torch
-from torch import nn
 
-from fast_essl.config import Config, ConfigError, DataConfig, OptimizerConfig, ViewsConfig
+from fast_essl.config import Config, ConfigError, DataConfig, ViewsConfig
 from fast_essl.evaluate_run import resolve_device
 from fast_essl.kernels import require_kernels
 from fast_essl.nvidia_apex import is_nvidias
-from fast_essl.optim import build_optimizer
+from fast_essl.optim import sgd_form
 from loaders.beton import IMAGE_RAW, read_tables
 from loaders.errors import DataError
+from loaders.machine import free_memory_bytes, num_cores, total_memory_bytes
 from loaders.manifest import check_opening
 from loaders.recipe import Recipe
 from loaders.views import resolve_view_stage
@@ -66,7 +65,7 @@ def doctor(paths: Sequence[Path] = ()) -> int:
     """
     sections = {"installed": installed(), "machine": machine(), "would be used": would_be_used()}
     for path in paths:
-        sections[str(path)] = about_file(path, available_bytes=available_memory_bytes())
+        sections[str(path)] = about_file(path, available_bytes=free_memory_bytes())
     num_bad = 0
     for title, findings in sections.items():
         print(title)
@@ -101,9 +100,8 @@ def installed() -> list[Finding]:
 
 def machine() -> list[Finding]:
     """Cores, memory and GPUs as this process may use them."""
-    cores = len(os.sched_getaffinity(0))
-    memory = f"{available_memory_bytes() / _GIB:.1f} GiB free of {_meminfo_bytes('MemTotal') / _GIB:.1f} GiB"
-    found = [Finding(subject="cores", text=f"{cores}"), Finding(subject="memory", text=memory)]
+    memory = f"{free_memory_bytes() / _GIB:.1f} GiB free of {total_memory_bytes() / _GIB:.1f} GiB"
+    found = [Finding(subject="cores", text=f"{num_cores()}"), Finding(subject="memory", text=memory)]
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         text = f"{gpu.name}, {gpu.total_memory / _GIB:.0f} GiB"
@@ -189,32 +187,22 @@ def _losses(config: Config, device: torch.device) -> list[Finding]:
 
 
 def _optimizer(device: torch.device) -> Finding:
-    """Which implementation of SGD the trainer builds, read from one that it built."""
-    parameters = nn.Linear(1, 1, device=device).parameters()
-    optimizer = build_optimizer(parameters, OptimizerConfig(), batch_size=256)
-    if optimizer.defaults.get("fused"):
-        text = "SGD, fused: all parameters in one kernel"
-    elif optimizer.defaults.get("foreach") or (
-        optimizer.defaults.get("foreach") is None and device.type == "cuda"
-    ):
-        text = "SGD, foreach: one kernel a list of parameters"
-    else:
-        text = f"SGD, one parameter at a time: torch's default on {device.type}"
-    return Finding(subject="optimizer", text=text)
+    """Which implementation of SGD the trainer builds. Building one here would import torch's compiler, 1.2 s."""
+    fused = sgd_form(device.type == "cuda")["fused"]
+    text = "fused: all parameters in one kernel" if fused else "foreach: one kernel a list of parameters"
+    return Finding(subject="optimizer", text=f"SGD, {text}")
 
 
 def _threading_layer() -> Finding:
-    """How many threads the trainer has. The layer `workqueue` aborts when a loader runs beside it."""
-    wanted = numba.config.THREADING_LAYER
+    """How many threads the trainer has; those of numba are on the layer that `loaders` chooses."""
+    layer = numba.config.THREADING_LAYER
     try:
         num_threads = numba.get_num_threads()  # starts the layer
     except ValueError:
-        text = f"numba has no layer `{wanted}`; on Debian: apt install libgomp1"
+        text = f"numba has no layer `{layer}`; on Debian: apt install libgomp1"
         return Finding(subject="threads", text=text, good=False)
-    layer = numba.threading_layer()
-    safe = layer in ("omp", "tbb")
-    text = f"torch {torch.get_num_threads()}, numba {num_threads} on `{layer}`, {'' if safe else 'not '}thread-safe"
-    return Finding(subject="threads", text=text, good=safe)
+    text = f"torch {torch.get_num_threads()}, numba {num_threads} on `{layer}`, thread-safe"
+    return Finding(subject="threads", text=text)
 
 
 def about_file(path: Path, *, available_bytes: int) -> list[Finding]:
@@ -240,25 +228,6 @@ def about_file(path: Path, *, available_bytes: int) -> list[Finding]:
         ),
         Finding(subject="fits in memory", text=fits),
     ]
-
-
-def available_memory_bytes() -> int:
-    """Memory that the page cache can grow into: what the kernel counts as available, within the container's limit."""
-    free = _meminfo_bytes("MemAvailable")
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        path = Path(limit)
-        text = path.read_text().strip() if path.exists() else "max"
-        if text != "max":
-            free = min(free, int(text))
-    return free
-
-
-def _meminfo_bytes(key: str) -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == key:
-            return int(value.split()[0]) * 1024
-    raise OSError(f"/proc/meminfo has no {key}")
 
 
 def _version(distribution: str) -> str | None:

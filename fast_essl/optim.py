@@ -57,7 +57,7 @@ def build_optimizer(
     on_cuda = all(parameter.is_cuda for parameter in trained)
     if config.backend == "apex":
         return fused_sgd_class(on_cuda)(groups, lr=rate, momentum=config.momentum)
-    form = {"fused": on_cuda, "foreach": not on_cuda}
+    form = sgd_form(on_cuda)
     optimizer = torch.optim.SGD(groups, lr=rate, momentum=config.momentum, **form)
 
     def keep_form(loaded: torch.optim.Optimizer) -> None:
@@ -67,6 +67,11 @@ def build_optimizer(
 
     optimizer.register_load_state_dict_post_hook(keep_form)
     return optimizer
+
+
+def sgd_form(on_cuda: bool) -> dict[str, bool]:
+    """Which of torch's implementations of SGD is taken: all parameters in one kernel, or one kernel a list of them."""
+    return {"fused": on_cuda, "foreach": not on_cuda}
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, share: float) -> None:

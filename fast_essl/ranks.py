@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fast_essl.config import ConfigError
 from fast_essl.distributed import max_over_ranks, num_ranks, rank
+from loaders import machine
 from loaders.errors import DataError
 
 T = TypeVar("T")
@@ -122,7 +123,7 @@ def ranks_on_this_machine() -> int:
 
 def num_cores() -> int:
     """This rank's share of the cores that it may use."""
-    return max(1, len(os.sched_getaffinity(0)) // ranks_on_this_machine())
+    return max(1, machine.num_cores() // ranks_on_this_machine())
 
 
 @contextlib.contextmanager

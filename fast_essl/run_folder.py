@@ -17,6 +17,7 @@ from typing import Any, TextIO
 import torch
 
 from fast_essl.config import ConfigError
+from loaders.machine import num_cores
 
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
@@ -85,7 +86,7 @@ def describe_environment(command: str) -> dict[str, Any]:
         "command": command,
         "machine": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _cpu_model(),
-        "num_cores": len(os.sched_getaffinity(0)),
+        "num_cores": num_cores(),
         "gpus": gpus,
         "versions": {"python": platform.python_version(), **_versions("torch", "numba", "numpy", "ffcv")},
         "commit": _commit(),

@@ -23,7 +23,6 @@ EXIF orientation is left alone, as in the reference loader: conversion has made 
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -38,6 +37,7 @@ from loaders.batch import Crops
 from loaders.beton import IMAGE_RAW
 from loaders.errors import DataError
 from loaders.images import BetonImages, FolderImages, open_beton, open_folder, undecodable
+from loaders.machine import num_cores
 from loaders.manifest import Manifest
 from loaders.plan import EpochPlan
 from loaders.recipe import Recipe
@@ -75,7 +75,7 @@ class DALILoader:
         path = Path(path)
         self.decoder = resolve_decoder(decoder)
         self.images: BetonImages | FolderImages = open_folder(path) if path.is_dir() else open_beton(path)
-        self.num_workers = num_workers or len(os.sched_getaffinity(0))
+        self.num_workers = num_workers or num_cores()
         self.plan = EpochPlan(
             recipes=tuple(recipes),
             heights=self.images.heights,

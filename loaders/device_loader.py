@@ -23,6 +23,7 @@ from torch import Tensor
 from loaders.batch import Crops, uploaded
 from loaders.errors import DataError
 from loaders.images import BetonImages, open_beton
+from loaders.machine import free_memory_bytes
 from loaders.manifest import Manifest
 from loaders.plan import EpochPlan
 from loaders.recipe import Interpolation, Recipe
@@ -161,6 +162,4 @@ def _free_bytes(device: torch.device) -> int:
             device
         )  # torch's, to be used again
         return int(torch.cuda.mem_get_info(device)[0]) + kept
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    return kib * 1024
+    return free_memory_bytes()

@@ -10,7 +10,6 @@ crop boxes, drawn before (`loaders.parameters`).
 
 from __future__ import annotations
 
-import os
 import queue
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -21,12 +20,14 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from numba import typed
 
 from loaders.batch import Crops
 from loaders.beton import IMAGE_JPEG
 from loaders.cut import cut_sample
 from loaders.errors import DataError
 from loaders.images import open_beton, undecodable
+from loaders.machine import num_cores
 from loaders.manifest import Manifest
 from loaders.plan import EpochPlan
 from loaders.recipe import Recipe
@@ -43,7 +44,21 @@ def _thread_counts_kept() -> Iterator[None]:
         torch.set_num_threads(torch_threads)
 
 
-with _thread_counts_kept():  # importing it alone leaves both at 1
+@contextmanager
+def _plain_dict() -> Iterator[None]:
+    """FFCV, when imported, writes two words into a `numba.typed.Dict`, for which numba compiles 3 s of CPU time.
+
+    Only Python reads them, so a plain dict serves as well.
+    """
+    typed_dict = typed.Dict
+    typed.Dict = dict
+    try:
+        yield
+    finally:
+        typed.Dict = typed_dict
+
+
+with _thread_counts_kept(), _plain_dict():  # importing it alone leaves both counts at 1
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
     from ffcv.loader import Loader
     from ffcv.loader.epoch_iterator import EpochIterator
@@ -77,7 +92,7 @@ class FFCVLoader:
         or more threads than numba was started with.
         """
         self.images = open_beton(Path(path))
-        num_workers = num_workers or len(os.sched_getaffinity(0))
+        num_workers = num_workers or num_cores()
         if num_workers > numba.config.NUMBA_NUM_THREADS:
             raise ValueError(
                 f"num_workers = {num_workers}: numba was started with {numba.config.NUMBA_NUM_THREADS} threads; "

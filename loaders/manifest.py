@@ -18,6 +18,7 @@ from PIL import Image
 from loaders.beton import IMAGE_RAW, BetonTables, read_tables, table_bytes
 from loaders.errors import DataError
 from loaders.jpeg import check_jpeg, read_frame
+from loaders.machine import num_cores
 
 FORMAT_VERSION: Final = 1
 BLOCK_BYTES: Final = 1 << 23
@@ -127,7 +128,7 @@ def verify(beton_path: Path, *, num_threads: int = 0) -> Manifest:
     """
     manifest, tables = _check_tables(beton_path)
     # A block of the file, and an image of the largest size, are held by each thread at a time.
-    with ThreadPoolExecutor(num_threads or len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(num_threads or num_cores()) as pool:
         for chunk in _chunks(range(len(manifest.block_sha256))):
             for _ in pool.map(lambda index: _check_block(beton_path, manifest, index), chunk):
                 pass

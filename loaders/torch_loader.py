@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from loaders.batch import Crops
 from loaders.errors import DataError
 from loaders.images import BetonImages, FolderImages, open_beton, open_folder
+from loaders.machine import num_cores
 from loaders.manifest import Manifest
 from loaders.plan import EpochPlan
 from loaders.recipe import Recipe
@@ -44,7 +45,7 @@ class TorchLoader:
         """
         path = Path(path)
         self.images: BetonImages | FolderImages = open_folder(path) if path.is_dir() else open_beton(path)
-        self.num_workers = num_workers or os.cpu_count() or 1
+        self.num_workers = num_workers or num_cores()
         self.plan = EpochPlan(
             recipes=tuple(recipes),
             heights=self.images.heights,

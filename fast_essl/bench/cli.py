@@ -68,7 +68,8 @@ def add_parser(commands: Any) -> None:
     )
     bench.add_argument("--quick", action="store_true", help="hardly any work: whether it runs, not how fast")
     # Of the same class, for its errors of one line.
-    bench.set_defaults(run=partial(_bench, bench, _plan_parser(type(bench))))
+    planner = _plan_parser(type(bench))
+    bench.set_defaults(run=partial(_bench, bench, planner), within={"plan": planner})
 
 
 def _plan_parser(parser_class: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -143,7 +144,7 @@ def split_words(words: list[str]) -> tuple[tuple[str, ...] | None, Path | None]:
     config = Path(others[0]) if others else None
     if config is not None:
         try:
-            find_config(config)
+            find_config(config, (*PARTS, "plan"))
         except ConfigError as error:
             raise ConfigError(f"{error}; the parts are {', '.join(PARTS)}") from None
     return (None if "all" in words or not parts else parts), config

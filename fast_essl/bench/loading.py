@@ -26,6 +26,7 @@ from loaders.beton import IMAGE_JPEG
 from loaders.cut import decode_jpeg, resize_crop
 from loaders.errors import DataError
 from loaders.images import BetonImages
+from loaders.machine import num_cores
 from loaders.parameters import draw_parameters
 from loaders.recipe import Recipe
 
@@ -222,7 +223,7 @@ def endless(loader: Any) -> Generator[Crops]:
 
 def num_workers(config: Config) -> int:
     """Threads of the loader."""
-    return config.data.num_workers or len(os.sched_getaffinity(0))
+    return config.data.num_workers or num_cores()
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)

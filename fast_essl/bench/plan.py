@@ -68,6 +68,8 @@ class Job:
     """BatchNorm layers of the method."""
     num_passes: int
     """Backbone passes a step: the two views, and the transformed copies."""
+    doubt: str = ""
+    """Why `bench` would not rely on the figures; empty where it gave a verdict."""
 
     @property
     def pixel_share(self) -> float:
@@ -184,12 +186,17 @@ def read_job(
             longer_side=results["data"]["longer_side"],
             max_side=max_side,
             num_passes=_num_passes(results["config"]["method"]["passes"], with_copies=weight > 0),
+            doubt=_doubt(results.get("verdict")),
             **results["method"],
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}: not what `fast-essl bench all` writes ({error!r}); measure again"
         ) from None
+
+
+def _doubt(verdict: dict[str, str] | None) -> str:
+    return verdict["sentence"] if verdict and verdict["bottleneck"] == "unclear" else ""
 
 
 def _num_passes(passes: str, *, with_copies: bool) -> int:
@@ -266,7 +273,8 @@ def _step(job: Job, cluster: Cluster) -> tuple[float, float, float]:
 
 def describe(job: Job, cluster: Cluster, answer: Plan) -> str:
     """The plan for people: a line a part, and the conclusion."""
-    lines = [f"{'':24}{'samples/s':>12}{'hours':>9}"]
+    lines = [f"doubtful figures: {job.doubt}"] if job.doubt else []
+    lines += [f"{'':24}{'samples/s':>12}{'hours':>9}"]
     for name, rate in answer.samples_per_s.items():
         hours = job.num_samples * job.epochs / rate / 3600
         lines.append(f"{'* ' if name == answer.limit else '  '}{name:22}{rate:>12,.0f}{hours:>9,.1f}")

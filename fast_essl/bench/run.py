@@ -17,19 +17,20 @@ import torch
 
 from fast_essl.bench import loading, step
 from fast_essl.bench.chart import write_chart
+from fast_essl.bench.doubts import MachineUse, Watch, busy, contradictions, varying
 from fast_essl.bench.measuring import Row
 from fast_essl.bench.plan import NUM_IMAGENET_SAMPLES
 from fast_essl.bench.synthetic import make_crops, repeat_files, write_jpegs
 from fast_essl.bench.table import describe_kernels, duration, number, table_head, table_line
-from fast_essl.bench.verdict import Figures, Verdict, judge
+from fast_essl.bench.verdict import Figures, Verdict, judge, no_verdict
 from fast_essl.config import Config, ConfigError
 from fast_essl.config_io import config_to_table, find_config, load_config
-from fast_essl.doctor import available_memory_bytes
 from fast_essl.evaluate_run import resolve_device, use_threads
 from fast_essl.run_folder import describe_environment
 from loaders.beton import IMAGE_JPEG
 from loaders.convert import convert
 from loaders.images import BetonImages, open_beton
+from loaders.machine import free_memory_bytes
 
 PARTS = ("loader", "views", "kernels", "step")
 """What can be measured by itself; `all` is all of it and the end-to-end rate, which the verdict needs."""
@@ -167,13 +168,15 @@ def run_bench(options: BenchOptions, *, say: Callable[[str], None] = print) -> d
         )
         processor = ", ".join(environment["gpus"]) or environment["cpu"]
         say(f"{options.config}, batch {batch_size}{note}; {processor}, {environment['num_cores']} cores")
+        watch = Watch()
         try:
             measured = measure_parts(bench, options.parts, say)
         except torch.OutOfMemoryError:
             raise ConfigError(
                 f"a batch of {batch_size} does not fit in this GPU's memory; give a smaller --batch-size"
             ) from None
-    verdict, epoch_s = _conclude(bench, measured, say)
+        use = watch.use()
+    verdict, epoch_s = _conclude(bench, measured, use, say)
     results = {
         **environment,
         "quick": options.quick,
@@ -183,6 +186,7 @@ def run_bench(options: BenchOptions, *, say: Callable[[str], None] = print) -> d
         "config_batch_size": config.train.batch_size,
         "data": measured.data,
         "page_cache": measured.page_cache,
+        "machine_use": use.to_table(),
         "rows": {row.name: row.to_table() for row in measured.rows},
         "kernels": measured.kernels,
         "method": measured.method,
@@ -317,12 +321,15 @@ def measure_parts(bench: Bench, parts: tuple[str, ...], say: Callable[[str], Non
 
 
 def _conclude(
-    bench: Bench, measured: Measured, say: Callable[[str], None]
+    bench: Bench, measured: Measured, use: MachineUse, say: Callable[[str], None]
 ) -> tuple[Verdict | None, dict[str, float] | None]:
     """The three throughputs, the verdict and the predicted epochs, where all was measured; told and returned."""
-    rates = {row.name: row.samples_per_s for row in measured.rows}
+    rows = {row.name: row for row in measured.rows}
+    rates = {name: row.samples_per_s for name, row in rows.items()}
     facts, config = measured.data, bench.config
     if facts is None or not all(name in rates for name in _THREE):
+        for doubt in busy(use):
+            say(f"{doubt}: the figures may be too low")
         say("what limits a run is told when loader and step are measured together: `fast-essl bench all`")
         return None, None
     loader, ceiling, whole = (rates[name] for name in _THREE)
@@ -330,32 +337,35 @@ def _conclude(
         f"\nloader alone {number(loader)}, step on device-made data {number(ceiling)}, "
         f"end to end {number(whole)} samples/s"
     )
-    verdict = judge(
-        Figures(
-            loader=loader,
-            step=ceiling,
-            end_to_end=whole,
-            decode=rates.get(loading.DECODE),
-            crops=rates.get(loading.CROPS),
-            storage_disk=rates.get(loading.STORAGE_DISK),
-            upload=rates.get(step.UPLOAD),
-            view_stage=rates.get(step.VIEW_STAGE),
-            optimizer=rates.get(step.OPTIMIZER),
-            on_gpu=bench.device.type == "cuda",
-            loader_name=config.data.loader,
-            view_stage_name=config.data.view_stage,
-            compile=config.train.compile,
-            num_workers=loading.num_workers(config),
-            fits_in_memory=facts["num_bytes"] <= available_memory_bytes(),
-            longer_side=facts["longer_side"],
-        )
+    on_gpu = bench.device.type == "cuda"
+    same_decoder = config.data.loader == "ffcv" and facts["jpeg_share"] == 1
+    doubts = contradictions(rows, on_gpu=on_gpu, same_decoder=same_decoder) + varying(rows) + busy(use)
+    figures = Figures(
+        loader=loader,
+        step=ceiling,
+        end_to_end=whole,
+        decode=rates.get(loading.DECODE),
+        crops=rates.get(loading.CROPS),
+        storage_disk=rates.get(loading.STORAGE_DISK),
+        upload=rates.get(step.UPLOAD),
+        view_stage=rates.get(step.VIEW_STAGE),
+        optimizer=rates.get(step.OPTIMIZER),
+        on_gpu=on_gpu,
+        loader_name=config.data.loader,
+        view_stage_name=config.data.view_stage,
+        compile=config.train.compile,
+        num_workers=loading.num_workers(config),
+        fits_in_memory=facts["num_bytes"] <= free_memory_bytes(),
+        longer_side=facts["longer_side"],
     )
+    verdict = no_verdict(doubts) if doubts else judge(figures)
     say(verdict.sentence)
     epoch_s = {"data": facts["num_samples"] / whole, "imagenet": NUM_IMAGENET_SAMPLES / whole}
-    say(
-        f"an epoch of these {facts['num_samples']:,} samples takes {duration(epoch_s['data'])}, one of ImageNet's "
-        f"{NUM_IMAGENET_SAMPLES:,}, were they like these, {duration(epoch_s['imagenet'])}"
-    )
+    if not doubts:
+        say(
+            f"an epoch of these {facts['num_samples']:,} samples takes {duration(epoch_s['data'])}, one of ImageNet's "
+            f"{NUM_IMAGENET_SAMPLES:,}, were they like these, {duration(epoch_s['imagenet'])}"
+        )
     return verdict, epoch_s
 
 

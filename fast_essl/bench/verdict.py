@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from fast_essl.bench.table import number
 
 Bottleneck = Literal[
-    "storage", "decode", "crops", "upload", "view stage", "optimizer", "compute", "overlap", "balanced"
+    "storage",
+    "decode",
+    "crops",
+    "upload",
+    "view stage",
+    "optimizer",
+    "compute",
+    "overlap",
+    "balanced",
+    "unclear",
 ]
 
 LEVEL = 0.1
@@ -65,6 +75,15 @@ class Verdict:
     def short(self) -> str:
         """The sentence up to its colon, as `loader-bound`."""
         return self.sentence.partition(":")[0]
+
+
+def no_verdict(doubts: Sequence[str]) -> Verdict:
+    """The answer where figures are not to be relied on: why, and what to do."""
+    return Verdict(
+        bottleneck="unclear",
+        sentence=f"no verdict: {'; '.join(doubts)}; measure again while nothing else runs here, and if that does not "
+        "help, with a larger --batch-size, whose rounds take longer",
+    )
 
 
 def judge(figures: Figures) -> Verdict:

@@ -69,12 +69,11 @@ def _add(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    import os
-
     from fast_essl.evaluate_run import resolve_device
     from fast_essl.photonics.config import load_preset
     from fast_essl.photonics.generate import generate
     from fast_essl.photonics.pages import write_cells_page
+    from loaders.machine import num_cores
 
     config = load_preset(arguments.preset, arguments.overrides)
     device, _ = resolve_device(config)
@@ -84,7 +83,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         solver=config.solver,
         counts=config.counts,
         device=device,
-        num_threads=config.train.num_threads or len(os.sched_getaffinity(0)),
+        num_threads=config.train.num_threads or num_cores(),
         overwrite=arguments.overwrite,
     )
     counts = ", ".join(f"{len(split)} {name}" for name, split in file.splits.items())

@@ -25,6 +25,7 @@ from fast_essl.limits import (
     require,
     require_range,
 )
+from fast_essl.nearest import proposal
 from fast_essl.photonics.cells import CellsConfig
 from fast_essl.photonics.generate import MAX_CELLS, CountsConfig
 from fast_essl.photonics.solver import SolverConfig
@@ -221,8 +222,11 @@ def load_preset(name: Path, overrides: list[str] | None = None) -> PhotonicsConf
     if not name.suffix and not name.exists():
         path = PRESETS / f"{name}.toml"
         if not path.exists():
-            known = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.toml")))
-            raise ConfigError(f"{name}: neither a file nor a preset of photonics; the presets are {known}")
+            known = sorted(preset.stem for preset in PRESETS.glob("*.toml"))
+            raise ConfigError(
+                f"{name}: neither a file nor a preset of photonics; the presets are {', '.join(known)}"
+                f"{proposal(str(name), known)}"
+            )
     return load_settings(PhotonicsConfig, path, overrides)
 
 

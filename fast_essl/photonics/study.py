@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import multiprocessing
-import os
 import signal
 import statistics
 import threading
@@ -31,6 +30,7 @@ from fast_essl.photonics.model import build_cell_method
 from fast_essl.photonics.pretrain import pretrain_cells
 from fast_essl.photonics.store import CellFile
 from loaders.errors import DataError
+from loaders.machine import num_cores
 
 RESULTS = "study.json"
 METRICS = ("test_error", "validation_error")
@@ -54,20 +54,19 @@ def run_study(
     runs = {(row, seed): of_row(config, row, seed) for row in rows for seed in config.study.seeds}
     for row in rows:
         build_cell_method(runs[row, config.study.seeds[0]])  # what cannot be built is said before any work
-    num_cores = len(os.sched_getaffinity(0))
     file = generate(
         config.data.file,
         cells=config.cells,
         solver=config.solver,
         counts=config.counts,
         device=device,
-        num_threads=num_cores,
+        num_threads=num_cores(),
         show_progress=show_progress,
         say=say,
     )
     for name in ("train", "validation", "test"):
         labelled(file, name, config.data.file)
-    workers = config.study.workers or (num_cores if device.type == "cpu" else 1)
+    workers = config.study.workers or (num_cores() if device.type == "cpu" else 1)
     # Seed by seed: what is there when it is stopped compares all rows.
     tasks = [(runs[row, seed], row, out / row / f"seed{seed}") for seed in config.study.seeds for row in rows]
     for number, run_dir in enumerate(_all_run(tasks, workers, show_progress), start=1):

@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 
 from loaders.convert.source import Sample
 from loaders.errors import DataError
+from loaders.machine import num_cores
 
 Result = TypeVar("Result")
 _CHUNK_SAMPLES: Final = 64
@@ -35,7 +36,7 @@ def map_samples(
 
     Errors: what `work` raises; DataError if a worker process dies. Neither leaves a process waiting.
     """
-    num_workers = num_workers or len(os.sched_getaffinity(0))
+    num_workers = num_workers or num_cores()
     if num_workers == 1:
         for sample in samples:
             yield sample, work(sample)

@@ -140,8 +140,12 @@ def test_whatever_stands_in_place_of_a_file_is_one_line_and_code_2(
         assert " ".join(place.split()) in err, (words, err)
 
 
-def test_help_is_there_and_loads_no_torch() -> None:
-    code = "import sys, fast_essl.cli as cli\ntry: cli.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+def test_help_is_there_and_loads_neither_torch_nor_numba() -> None:
+    code = (
+        "import sys, fast_essl.cli as cli\n"
+        "try: cli.main(['--help'])\n"
+        "finally: assert not {'torch', 'numba'} & set(sys.modules)"
+    )
     answer = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )

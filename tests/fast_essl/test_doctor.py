@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from fast_essl import doctor as doctor_module
-from fast_essl.doctor import about_file, available_memory_bytes, doctor, installed, machine, would_be_used
+from fast_essl.doctor import about_file, doctor, installed, machine, would_be_used
 from loaders.beton import read_tables
 from loaders.convert import convert
 
@@ -151,9 +152,30 @@ def test_bad_files_are_told_and_the_good_one_too(
     assert out.endswith("2 of these lines need attention: they begin with !\n")
 
 
-def test_available_memory_is_within_the_machine() -> None:
-    total = doctor_module._meminfo_bytes("MemTotal")
-    assert 0 < available_memory_bytes() <= total
+def test_only_what_the_lines_need_is_imported() -> None:
+    """The default loader is imported, as the table says; torch's compiler is not, and FFCV has nothing compiled."""
+    program = (
+        "import sys\n"
+        "from fast_essl.cli import main\n"
+        "assert main(['doctor']) == 0\n"
+        "import ffcv.fields.rgb_image, numba\n"
+        "print(type(ffcv.fields.rgb_image.IMAGE_MODES).__name__, numba.typed.Dict.__module__, *sorted(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    modes, restored, *modules = run.stdout.splitlines()[-1].split()
+    assert (modes, restored) == ("dict", "numba.typed.typeddict")
+    assert "loaders.ffcv_loader" in modules
+    unneeded = {
+        "torch._dynamo",
+        "sympy",
+        "matplotlib",
+        "tyro",
+        "pyarrow",
+        "h5py",
+        "sklearn",
+        "loaders.convert",
+    }
+    assert unneeded & set(modules) == set()
 
 
 def test_a_view_stage_that_cannot_be_had_is_a_fault_and_no_crash():

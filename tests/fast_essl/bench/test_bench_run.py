@@ -50,6 +50,8 @@ def test_all_parts_on_photographs_made_for_it(
     whole = rows["end to end"]["samples_per_s"]
     assert results["epoch_s"]["imagenet"] == pytest.approx(1_281_167 / whole)
     assert results["verdict"]["sentence"] in out
+    assert results["machine_use"]["seconds"] > 0
+    assert results["machine_use"]["load_average_before"] >= 0
     assert "loader alone" in out and "step on device-made data" in out
     assert "page cache: " in out
     assert "kernels: not measured, since on a CPU" in out

@@ -154,6 +154,14 @@ def test_a_job_is_read_from_what_bench_wrote(tmp_path: Path) -> None:
     assert job.step_samples_per_s == 7
 
 
+def test_a_plan_from_doubtful_figures_says_so_first(tmp_path: Path) -> None:
+    for bottleneck, said in (("decode", False), ("unclear", True)):
+        verdict = {"bottleneck": bottleneck, "sentence": "no verdict: end to end is faster than the step"}
+        job = read_job(bench_file(tmp_path, verdict=verdict))
+        first = describe(job, CLUSTER, plan(job, CLUSTER)).splitlines()[0]
+        assert (first == f"doubtful figures: {verdict['sentence']}") == said
+
+
 @pytest.mark.parametrize(
     ("weight", "passes", "num_passes"),
     [(0.4, "joint_views", 2), (0.4, "joint_all", 1), (0, "separate", 2), (0, "joint_views", 1)],
