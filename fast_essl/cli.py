@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fast_essl import __version__
 from fast_essl.bench.cli import add_parser as add_bench
@@ -29,6 +29,21 @@ NO_OVERRIDES = ("convert", "export", "transformations", "report", "doctor")
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *, any_order: bool = False, **options: Any) -> None:
+        """`any_order`: options may stand between optional positional arguments, too."""
+        super().__init__(**options)
+        self._any_order = any_order
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """argparse has a way to take options anywhere, but never goes it for a subcommand."""
+        if not self._any_order:
+            return super().parse_known_args(args, namespace)
+        self._any_order = False  # the other way calls this one
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._any_order = True
+
     def error(self, message: str) -> NoReturn:
         """One line instead of the usage and a line."""
         self.exit(2, f"fast-essl: error: {message}; see `{self.prog} --help`\n")
@@ -82,6 +97,7 @@ def _build_parser() -> argparse.ArgumentParser:
         help="images of any source to one .beton file and its manifest",
         usage="fast-essl convert SOURCE DEST.beton [options]\n       fast-essl convert --verify DEST.beton",
         allow_abbrev=False,
+        any_order=True,
     )
     convert.set_defaults(run=_convert)
     convert.add_argument(
@@ -92,9 +108,20 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("dest", nargs="?", type=Path, metavar="DEST.beton", help="the file to write")
     convert.add_argument("--verify", type=Path, metavar="DEST.beton", help="re-read all of a converted file")
-    convert.add_argument("--split", choices=("train", "test"), default="train", help="default: train")
+    convert.add_argument(
+        "--split",
+        default="train",
+        metavar="NAME",
+        help="of a source that holds several, by name (default: train)",
+    )
     convert.add_argument(
         "--max-side", type=int, metavar="N", help="shrink longer images to N pixels (default: never)"
+    )
+    convert.add_argument(
+        "--max-pixels",
+        type=int,
+        metavar="N",
+        help="refuse larger images (default: 178,956,970; with --max-side four times that, and more of a JPEG)",
     )
     convert.add_argument(
         "--quality", type=int, default=90, metavar="Q", help="of encoded JPEGs (default: 90)"
@@ -107,7 +134,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--workers", type=int, default=0, metavar="N", help="0 means all cores (default)")
     convert.add_argument(
-        "--on-error", choices=("fail", "skip"), default="fail", help="at an unreadable image (default: fail)"
+        "--on-error", choices=("fail", "skip"), default="fail", help="at a damaged image (default: fail)"
     )
     convert.add_argument("--overwrite", action="store_true", help="replace an existing DEST.beton")
 
@@ -209,6 +236,7 @@ def _build_parser() -> argparse.ArgumentParser:
 def _convert(arguments: argparse.Namespace) -> int:
     from loaders.convert import convert
     from loaders.manifest import verify
+    from loaders.names import printable
 
     if arguments.verify is not None:
         if arguments.source is not None:
@@ -223,6 +251,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         arguments.dest,
         split=arguments.split,
         max_side=arguments.max_side,
+        max_pixels=arguments.max_pixels,
         quality=arguments.quality,
         encoding=arguments.encoding,
         workers=arguments.workers,
@@ -230,10 +259,12 @@ def _convert(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
     )
     skipped = f", {len(manifest.skipped)} skipped" if manifest.skipped else ""
+    num_repaired = manifest.storage.get("repaired", 0)
+    repaired = f", {num_repaired} JPEGs repaired and encoded again" if num_repaired else ""
     num_mib = manifest.num_bytes / 2**20
     print(
-        f"{arguments.dest}: {manifest.num_samples} images of {len(manifest.class_names)} classes, "
-        f"{num_mib:.1f} MiB{skipped}"
+        f"{printable(arguments.dest)}: {manifest.num_samples} images of {len(manifest.class_names)} classes, "
+        f"{num_mib:.1f} MiB{repaired}{skipped}"
     )
     return 0
 

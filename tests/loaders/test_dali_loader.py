@@ -158,7 +158,7 @@ def test_every_kind_of_file_is_decoded_as_pillow_does(open_dali, tmp_path):
     ycck = bytearray(encoded(image.convert("CMYK"), "JPEG"))
     ycck[ycck.index(b"Adobe") + 11] = 2  # the marker's colour transform
     exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter turn, that neither loader makes
+    exif[0x0112] = 6  # a quarter turn, that conversion makes, and both loaders
     folder = folder_of(
         tmp_path / "kinds",
         baseline_jpg=encoded(image, "JPEG", quality=90),
