@@ -7,16 +7,19 @@ training pipeline does.
 
 from __future__ import annotations
 
+import ctypes
 import io
+import logging
 import stat
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Final
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, UnidentifiedImageError, _imaging, features
 
 from loaders.jpeg import is_jpeg, without_stray_bytes
 from loaders.names import printable
@@ -45,8 +48,8 @@ _TURNS: Final = {
 _SWAPS_SIDES: Final = tuple(_TURNS[orientation] for orientation in (5, 6, 7, 8))
 # What files that are none of FORMATS begin with, and what they are: (offset, bytes, name).
 _OTHERS: Final = (
-    (4, b"ftypavif", "AVIF, which the installed Pillow does not read"),
-    (4, b"ftypavis", "AVIF, which the installed Pillow does not read"),
+    (4, b"ftypavif", "AVIF"),
+    (4, b"ftypavis", "AVIF"),
     (4, b"ftyphei", "HEIF"),
     (4, b"ftypmif1", "HEIF"),
     (0, b"\xff\x0a", "JPEG XL"),
@@ -57,12 +60,19 @@ _OTHERS: Final = (
 )
 
 
+# With no handler at all, Python would print what Pillow logs as an error; it raises one, too.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+
 @contextmanager
 def quiet_pillow(max_pixels: int | None) -> Iterator[None]:
-    """Leave away Pillow's warnings, which name no file, and take `max_pixels` for its limit; None for no limit.
+    """Leave away warnings, which name no file, and take `max_pixels` for Pillow's limit; None for no limit.
+
+    For one thread of a process at a time: both are the whole process's.
 
     Errors: Pillow's DecompressionBombError for a larger image.
     """
+    _quiet_libtiff()
     before = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -97,13 +107,23 @@ def open_image_file(path: Path) -> Image.Image:
         return open_image(path.read_bytes())
 
 
+@cache
+def _quiet_libtiff() -> None:
+    """Keep libtiff, as Pillow brings it, from writing to stderr; Pillow raises for what matters."""
+    with suppress(OSError, AttributeError):  # a Pillow without libtiff, or one that was linked with it
+        library = ctypes.CDLL(_imaging.__file__)
+        library.TIFFSetWarningHandler(None)
+        library.TIFFSetErrorHandler(None)
+
+
 def what_it_is(data: bytes) -> str:
     """What a file that is none of FORMATS seems to be, for a message."""
     if data.startswith(b"PAR1"):
         return "it is parquet; give its folder as the source"
     for offset, start, name in _OTHERS:
         if data.startswith(start, offset):
-            return f"it seems to be {name}; supported are {', '.join(FORMATS)}"
+            how = "damaged" if name in FORMATS else f"not supported here; supported are {', '.join(FORMATS)}"
+            return f"it seems to be {name}, {how}"
     return f"none of {', '.join(FORMATS)}"
 
 
@@ -131,7 +151,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     # 16-bit grey; Pillow's own conversion clips everything over 255 to white.
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def is_upright(image: Image.Image) -> bool:

@@ -68,7 +68,8 @@ class BetonImages:
             shape = (int(self.heights[index]), int(self.widths[index]), 3)
             return Image.fromarray(np.frombuffer(data, np.uint8).reshape(shape))
         try:
-            return Image.open(io.BytesIO(data)).convert("RGB")
+            with quiet_pillow(None):  # the size was checked when it was converted
+                return Image.open(io.BytesIO(data)).convert("RGB")
         except (OSError, SyntaxError) as error:
             raise undecodable(self.path, index) from error
 

@@ -185,10 +185,11 @@ def _scale(frame: JPEGFrame, options: EncodeOptions) -> int | None:
     longer = max(frame.width, frame.height)
     # Of a progressive JPEG all coefficients are in memory, whatever the scale.
     scales = (1, 2, 4, 8) if options.max_side is not None and frame.process <= 1 else (1,)
-    for scale in scales:
-        enough = scale == 1 or longer // scale >= (options.max_side or 0)
-        if enough and -(-frame.width // scale) * -(-frame.height // scale) <= options.pixel_limit:
-            return scale
+    for limit in (options.max_pixels or MAX_PIXELS, options.pixel_limit):
+        for scale in scales:
+            large_enough = scale == 1 or longer // scale >= (options.max_side or 0)
+            if large_enough and -(-frame.width // scale) * -(-frame.height // scale) <= limit:
+                return scale
     return None
 
 

@@ -12,14 +12,15 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, features
 
-from loaders import jpeg
+from loaders import image_file, jpeg
 from loaders.beton import IMAGE_JPEG, IMAGE_RAW
 from loaders.convert import convert
 from loaders.convert import encode as encode_module
 from loaders.convert.encode import BadImage, Encoded, EncodeOptions, encode_sample
 from loaders.convert.source import Sample
 from loaders.errors import DataError
-from loaders.manifest import check_opening
+from loaders.images import open_beton
+from loaders.manifest import check_opening, verify
 
 AUTO = EncodeOptions(max_side=None, quality=90, encoding="auto")
 RAW = EncodeOptions(max_side=None, quality=90, encoding="raw")
@@ -299,8 +300,11 @@ def test_formats_that_are_not_supported_are_named(start: bytes, name: str) -> No
 
 
 def test_avif_that_pillow_does_not_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode_module, "FORMATS", ("JPEG", "PNG"))
-    assert "AVIF" in refuse(b"\0\0\0\x1cftypavif" + bytes(100))
+    for module in (encode_module, image_file):
+        monkeypatch.setattr(module, "FORMATS", ("JPEG", "PNG"))
+    assert "it seems to be AVIF, not supported here; supported are JPEG, PNG" in refuse(
+        b"\0\0\0\x1cftypavif" + bytes(100)
+    )
 
 
 # Large images
@@ -337,6 +341,15 @@ def test_pillow_s_own_limit_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None
     assert EncodeOptions(max_side=512, quality=90, encoding="auto").pixel_limit == 4 * 178_956_970
 
 
+def test_what_was_allowed_is_verified_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    (tmp_path / "in" / "a" / "0.jpg").write_bytes(large("JPEG"))
+    convert(str(tmp_path / "in"), tmp_path / "x.beton", workers=1, progress=False, max_pixels=700 * 200)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert verify(tmp_path / "x.beton", num_threads=1).num_samples == 1
+    assert open_beton(tmp_path / "x.beton").image(0).size == (700, 200)
+
+
 def test_a_side_that_libjpeg_cannot_decode_is_refused() -> None:
     assert "over 65500 pixels a side" in refuse(large("PNG", 65_501, 1))
     assert encode(large("PNG", 65_500, 1)).width == 65_500
@@ -358,10 +371,27 @@ def damaged_exif(kind: str) -> bytes:
     return bytes(data)
 
 
+def tiff_with_wrong_tags() -> bytes:
+    """A TIFF of which libtiff itself would write to stderr: the end of its list of tags is overwritten."""
+    data = bytearray(save(Image.fromarray(GREY > 99), "TIFF", compression="group4"))
+    data[-20:-10] = b"\xff" * 10
+    return bytes(data)
+
+
+def tiff_of_many_samples() -> bytes:
+    """A TIFF of which Pillow logs an error: tag 277, samples a pixel, is 255."""
+    data = save(Image.fromarray(photo()), "TIFF")
+    entry = b"\x15\x01\x03\x00\x01\x00\x00\x00"
+    assert entry in data
+    return data.replace(entry + b"\3", entry + b"\xff")
+
+
 NOISY = {
     "exif in a JPEG": damaged_exif("JPEG"),
     "exif in a WebP": damaged_exif("WEBP"),
     "no exif at all": save(Image.fromarray(photo()), "JPEG", exif=b"Exif\0\0no TIFF header"),
+    "TIFF of many samples": tiff_of_many_samples(),
+    "TIFF with wrong tags": tiff_with_wrong_tags(),
     "transparent palette": save(Image.fromarray(photo()).quantize(16), "PNG", transparency=bytes(range(16))),
 }
 
@@ -371,7 +401,7 @@ def test_libraries_warn_of_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)  # of which Pillow would warn, too
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        encode(NOISY[kind])
+        encode_sample(Sample("it", 0, NOISY[kind]), AUTO)
     assert not caught
 
 
@@ -384,15 +414,12 @@ def test_a_conversion_prints_no_warning(tmp_path: Path, workers: int) -> None:
     (tmp_path / "in" / "a").mkdir(parents=True)
     for number, data in enumerate(NOISY.values()):
         (tmp_path / "in" / "a" / str(number)).write_bytes(data)
-    body = f"convert({str(tmp_path / 'in')!r}, Path({str(tmp_path / 'x.beton')!r}), workers={workers}, progress=False)"
+    body = (
+        "import sys\nfrom pathlib import Path\nfrom loaders.convert import convert\n"
+        "convert(sys.argv[1], Path(sys.argv[2]), workers=int(sys.argv[3]), progress=False, on_error='skip')"
+    )
     done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "always",
-            "-c",
-            f"from pathlib import Path\nfrom loaders.convert import convert\n{body}",
-        ],
+        [sys.executable, "-W", "always", "-c", body, tmp_path / "in", tmp_path / "x.beton", str(workers)],
         cwd=Path(__file__).resolve().parents[2],
         capture_output=True,
         text=True,
