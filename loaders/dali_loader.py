@@ -11,7 +11,8 @@ How near it is to the other loaders: the CPU decoder gives Pillow's pixels bit f
 palettes too). Inside a crop the resize is FFCV's to one
 level. At its border DALI repeats pixels where a widened filter stands over the edge, and the others leave that part
 away: up to some 30 levels there, on photographs a mean of 0.03 a crop, and of 0.2 against Pillow, which also rounds
-between its passes. `fn.slice` stands before the resize, since a resize of a region would read pixels outside the box.
+between its passes, and on hard edges clamps what bicubic overshoots (up to 29 levels, see `loaders.cut`). `fn.slice`
+stands before the resize, since a resize of a region would read pixels outside the box.
 
 Damage that DALI does not tell: wrong bytes behind a JPEG's header, or an end marker too early, give wrong or grey
 pixels without an error, where FFCV's decoder names the sample. The manifest's checksums are the guard: run

@@ -164,5 +164,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _identity(path: Path | str) -> tuple[int, int]:
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise unreadable(error, Path(path)) from error
     return status.st_dev, status.st_ino
