@@ -4,6 +4,7 @@ import errno
 import io
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,10 @@ from PIL import Image
 from support import photograph
 
 from loaders.convert import convert
+from loaders.convert.encode import EncodeOptions, encode_sample
+from loaders.convert.pool import map_samples
 from loaders.convert.run import open_source
+from loaders.convert.source import Sample
 from loaders.errors import DataError
 from loaders.images import open_beton, open_folder
 from loaders.manifest import Manifest, check_opening
@@ -279,6 +283,13 @@ def test_a_file_that_cannot_be_read_ends_the_conversion(
     with pytest.raises(DataError, match=rf"a/1\.png: cannot be read \({os.strerror(error)}\)"):
         convert(str(folder), tmp_path / "x.beton", workers=1, progress=False, on_error=on_error)  # type: ignore[arg-type]
     assert not (tmp_path / "x.beton").exists()
+
+
+def test_a_worker_names_the_file_that_it_cannot_read(folder: Path) -> None:
+    gone = [Sample("it", 0, folder / "a" / f"{number}.png") for number in range(100)]
+    work = partial(encode_sample, options=EncodeOptions(max_side=None, quality=90, encoding="auto"))
+    with pytest.raises(DataError, match=r"a/2\.png: cannot be read \(No such file or directory\)"):
+        list(map_samples(work, gone, num_workers=2))
 
 
 @pytest.mark.parametrize("name", ["images", "b"])
