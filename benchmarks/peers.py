@@ -68,11 +68,11 @@ NUM_PHOTOGRAPHS = 256
 PIXELS = {
     "decode": "accurate DCT, as Pillow",
     "decode, fast": "fast DCT: off by 1.2 levels a pixel",
-    "ffcv": "as Pillow, within a level",
+    "ffcv": "as Pillow, within a level but on hard edges",
     "dali": "as Pillow, but at some borders",
     "torch": "Pillow's",
     "stock ffcv": "fast DCT; area filter, which does not smooth what it enlarges",
-    "ffcv + views": "as Pillow, within a level",
+    "ffcv + views": "as Pillow, within a level but on hard edges",
     "dali operators": "no solarize, grey by saturation 0, one order of the jitter for all",
     "official style": "Pillow's, jitter and blur rounded to levels after each step",
 }

@@ -96,6 +96,7 @@ def _build_parser() -> argparse.ArgumentParser:
         help="images of any source to one .beton file and its manifest",
         usage="fast-essl convert SOURCE DEST.beton [options]\n       fast-essl convert --verify DEST.beton",
         allow_abbrev=False,
+        any_order=True,
     )
     convert.set_defaults(run=_convert)
     convert.add_argument(
@@ -106,9 +107,20 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("dest", nargs="?", type=Path, metavar="DEST.beton", help="the file to write")
     convert.add_argument("--verify", type=Path, metavar="DEST.beton", help="re-read all of a converted file")
-    convert.add_argument("--split", choices=("train", "test"), default="train", help="default: train")
+    convert.add_argument(
+        "--split",
+        default="train",
+        metavar="NAME",
+        help="of a source that holds several, by name (default: train)",
+    )
     convert.add_argument(
         "--max-side", type=int, metavar="N", help="shrink longer images to N pixels (default: never)"
+    )
+    convert.add_argument(
+        "--max-pixels",
+        type=int,
+        metavar="N",
+        help="refuse larger images (default: 178,956,970; with --max-side four times that, and more of a JPEG)",
     )
     convert.add_argument(
         "--quality", type=int, default=90, metavar="Q", help="of encoded JPEGs (default: 90)"
@@ -121,7 +133,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--workers", type=int, default=0, metavar="N", help="0 means all cores (default)")
     convert.add_argument(
-        "--on-error", choices=("fail", "skip"), default="fail", help="at an unreadable image (default: fail)"
+        "--on-error", choices=("fail", "skip"), default="fail", help="at a damaged image (default: fail)"
     )
     convert.add_argument("--overwrite", action="store_true", help="replace an existing DEST.beton")
 
@@ -223,6 +235,7 @@ def _build_parser() -> argparse.ArgumentParser:
 def _convert(arguments: argparse.Namespace) -> int:
     from loaders.convert import convert
     from loaders.manifest import verify
+    from loaders.names import printable
 
     if arguments.verify is not None:
         if arguments.source is not None:
@@ -237,6 +250,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         arguments.dest,
         split=arguments.split,
         max_side=arguments.max_side,
+        max_pixels=arguments.max_pixels,
         quality=arguments.quality,
         encoding=arguments.encoding,
         workers=arguments.workers,
@@ -244,10 +258,12 @@ def _convert(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
     )
     skipped = f", {len(manifest.skipped)} skipped" if manifest.skipped else ""
+    num_repaired = manifest.storage.get("repaired", 0)
+    repaired = f", {num_repaired} JPEGs repaired and encoded again" if num_repaired else ""
     num_mib = manifest.num_bytes / 2**20
     print(
-        f"{arguments.dest}: {manifest.num_samples} images of {len(manifest.class_names)} classes, "
-        f"{num_mib:.1f} MiB{skipped}"
+        f"{printable(arguments.dest)}: {manifest.num_samples} images of {len(manifest.class_names)} classes, "
+        f"{num_mib:.1f} MiB{repaired}{skipped}"
     )
     return 0
 

@@ -17,6 +17,21 @@ NO_OVERRIDES = ("convert", "export", "transformations", "report", "doctor")
 class Parser(argparse.ArgumentParser):
     """argparse's, and that of its subcommands."""
 
+    def __init__(self, *, any_order: bool = False, **options: Any) -> None:
+        """`any_order`: options may stand between optional positional arguments, too."""
+        super().__init__(**options)
+        self._any_order = any_order
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """argparse has a way to take options anywhere, but never goes it for a subcommand."""
+        if not self._any_order:
+            return super().parse_known_args(args, namespace)
+        self._any_order = False  # the other way calls this one
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._any_order = True
+
     def error(self, message: str) -> NoReturn:
         """One line instead of the usage and a line."""
         self.exit(2, f"fast-essl: error: {message}; see `{self.prog} --help`\n")

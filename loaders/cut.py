@@ -7,7 +7,9 @@ Crop and resize are one step, antialiased as Pillow's `image.crop(box).resize(si
 time: a vertical pass straight from the uint8 rows into `rows`, a transposition into `tile` so that the sixteen rows
 lie side by side, a horizontal pass on whole vectors (rows × channels) instead of on interleaved pixels, and the way
 back. Each pass adds four taps a sweep. Sums are float32 and rounded once; Pillow rounds between its passes too, hence
-differences of about a level.
+differences of a level, bilinear, and of about a level on photographs, bicubic. On hard edges bicubic overshoots, and
+Pillow also clamps to 0-255 between its passes: where black stands beside white, crops differ by up to 29 levels (a mean
+of 2.8 over pixels that are black or white at random, the worst of what was tried).
 
 What made it fast (AMD Zen 4, 500×375 to 224², bicubic: 0.78 ms → 0.29 ms): four taps a sweep, loops of 48 = 3 × 16
 elements, no array slices in the inner loops (each costs two atomic reference counts), and transpositions by eights,

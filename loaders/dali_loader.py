@@ -8,17 +8,20 @@ DALI runs the graph in threads of its own, some batches ahead. Its readers and r
 order and crop boxes are drawn before (`loaders.parameters`) and handed in with the bytes.
 
 How near it is to the other loaders: the CPU decoder gives Pillow's pixels bit for bit (grey, CMYK and YCCK JPEGs and
-palettes too; a 16-bit PNG in a folder is scaled, where Pillow clips it). Inside a crop the resize is FFCV's to one
+palettes too). Inside a crop the resize is FFCV's to one
 level. At its border DALI repeats pixels where a widened filter stands over the edge, and the others leave that part
 away: up to some 30 levels there, on photographs a mean of 0.03 a crop, and of 0.2 against Pillow, which also rounds
-between its passes. `fn.slice` stands before the resize, since a resize of a region would read pixels outside the box.
+between its passes, and on hard edges clamps what bicubic overshoots (up to 29 levels, see `loaders.cut`). `fn.slice`
+stands before the resize, since a resize of a region would read pixels outside the box.
 
 Damage that DALI does not tell: wrong bytes behind a JPEG's header, or an end marker too early, give wrong or grey
 pixels without an error, where FFCV's decoder names the sample. The manifest's checksums are the guard: run
 `fast-essl convert --verify` once on a file that was copied. Bytes that are no image, that run out, or whose size is not
 the one in the tables are named as by the other loaders.
 
-EXIF orientation is left alone, as in the reference loader: conversion has made the images of a `.beton` file upright.
+In an image folder only plain files go to DALI as they are: upright JPEGs, and upright PNGs of 8 bits without
+transparency. All others, as those that EXIF data turns, are decoded by Pillow, so that they are what conversion would
+store; many of them make the folder slow to read, and conversion is the remedy.
 """
 
 from __future__ import annotations
@@ -202,6 +205,8 @@ class DALILoader:
     def _stored(self, index: int) -> np.ndarray:
         """A sample as DALI takes it: the bytes of its file, and raw pixels as an image or, among JPEGs, as a PPM."""
         if isinstance(self.images, FolderImages):
+            if not self.images.plain[index]:
+                return _as_ppm(np.asarray(self.images.image(index)))
             try:
                 return np.fromfile(self.images.files[index], np.uint8)
             except OSError as error:
@@ -213,7 +218,7 @@ class DALILoader:
         height, width = int(self.images.heights[index]), int(self.images.widths[index])
         if self._all_raw:
             return data.reshape(height, width, 3)
-        return np.concatenate([np.frombuffer(b"P6 %d %d 255\n" % (width, height), np.uint8), data])
+        return _as_ppm(data.reshape(height, width, 3))
 
     def _check_sizes(self, batch: np.ndarray, shapes: Any) -> None:
         """Boxes are drawn for the sizes in the tables: refuse an image that was replaced since it was opened."""
@@ -259,6 +264,12 @@ class DALILoader:
                 f"{self.images.files[index]}: does not decode as the image that it was when opened"
             )
         return undecodable(self.images.path, index)
+
+
+def _as_ppm(pixels: np.ndarray) -> np.ndarray:
+    """Pixels (H, W, 3) uint8 as the bytes of a file, for DALI to take among JPEGs."""
+    height, width, _ = pixels.shape
+    return np.concatenate([np.frombuffer(b"P6 %d %d 255\n" % (width, height), np.uint8), pixels.reshape(-1)])
 
 
 class _Feed:

@@ -3,7 +3,8 @@
         .beton ──once, at the opening──▶ (num_samples, H, W, 3) uint8 on the device ──▶ crop 1, crop 2, … ──▶ Crops
 
 For small images of like size, CIFAR's: nothing is decoded, and no pixel travels, during an epoch. Sample order and
-boxes are drawn as everywhere (`loaders.parameters`), so the crops are the other loaders', up to a level of rounding.
+boxes are drawn as everywhere (`loaders.parameters`), so the crops are the other loaders', up to a level of rounding
+(FFCV's; from Pillow's bicubic crops both differ on hard edges, see `loaders.cut`).
 
 Crop and resize are two matrix products a sample, (S, H) weights of the rows and (S, W) of the columns, with Pillow's
 weights, zero outside of the box. For 32² pixels that is less work than to gather the pixels that have a weight.
@@ -103,7 +104,8 @@ def resized_crops(images: Tensor, boxes: Tensor, size: int, interpolation: Inter
     """Cut a box out of each image and resize it, antialiased as Pillow's `image.crop(box).resize(size, filter)`.
 
     Args: `images` (N, H, W, 3) uint8; `boxes` (N, 4) integers (top, left, height, width), on the same device.
-    Returns: (N, size, size, 3) uint8, contiguous. Sums are float32 and rounded once; Pillow rounds between its passes.
+    Returns: (N, size, size, 3) uint8, contiguous. Sums are float32 and rounded once; Pillow rounds and
+    clamps between its passes.
     """
     num_images, height, width, _ = images.shape
     top, left, box_height, box_width = boxes.float().unbind(dim=1)

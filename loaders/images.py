@@ -5,15 +5,30 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from loaders.beton import IMAGE_JPEG, BetonTables, read_tables
 from loaders.errors import DataError
+from loaders.image_file import (
+    JPEG_FORMATS,
+    MAX_PIXELS,
+    is_upright,
+    open_image,
+    open_image_file,
+    quiet_pillow,
+    read_image_file,
+    upright_rgb,
+    upright_size,
+)
+from loaders.image_folder import list_folder, unreadable
 from loaders.manifest import Manifest, check_opening
+from loaders.names import printable
 
-FOLDER_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+_PLAIN: Final = {("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "L"), ("PNG", "P")}
+"""Formats and modes, as Pillow names them, that DALI decodes to the same pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +68,19 @@ class BetonImages:
             shape = (int(self.heights[index]), int(self.widths[index]), 3)
             return Image.fromarray(np.frombuffer(data, np.uint8).reshape(shape))
         try:
-            return Image.open(io.BytesIO(data)).convert("RGB")
+            with quiet_pillow(None):  # the size was checked when it was converted
+                return Image.open(io.BytesIO(data)).convert("RGB")
         except (OSError, SyntaxError) as error:
             raise undecodable(self.path, index) from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderImages:
-    """An image folder, one directory a class; sizes are read from the files' headers on opening."""
+    """An image folder, one folder a class; sizes are read from the files' headers on opening.
+
+    The same classes, images and upright pixels that conversion would store: those of `loaders.image_folder` and
+    `loaders.image_file`. What only conversion finds are wrong bytes within a JPEG.
+    """
 
     path: Path
     class_names: tuple[str, ...]
@@ -68,16 +88,28 @@ class FolderImages:
     heights: np.ndarray
     widths: np.ndarray
     labels: np.ndarray
+    plain: np.ndarray
+    """(N,) bool: upright JPEGs, and upright PNGs of 8 bits without transparency: what every decoder reads alike."""
 
     def image(self, index: int) -> Image.Image:
-        """One sample as a Pillow RGB image.
+        """One sample as a Pillow RGB image, upright.
 
-        Errors: `DataError` naming the file when it does not decode.
+        Errors: `DataError` naming the file when it does not decode, or is of another size than when it was opened.
         """
+        file, size = self.files[index], (int(self.widths[index]), int(self.heights[index]))
         try:
-            return Image.open(self.files[index]).convert("RGB")
-        except (OSError, SyntaxError) as error:
-            raise DataError(f"{self.files[index]}: does not decode as an image ({error})") from error
+            with quiet_pillow(MAX_PIXELS):
+                image = upright_rgb(open_image(read_image_file(file)))
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow raises anything at all on damaged files
+            raise _unfit(file, error) from error
+        if image.size != size:
+            raise DataError(
+                f"{printable(file)}: is {image.width}x{image.height} and was {size[0]}x{size[1]} when it was opened; "
+                "open it again, or convert the folder if it did not change"
+            )
+        return image
 
 
 def undecodable(path: Path, index: int) -> DataError:
@@ -97,32 +129,50 @@ def open_beton(path: Path) -> BetonImages:
 
 
 def open_folder(path: Path) -> FolderImages:
-    """Open an image folder with one directory a class.
+    """Open an image folder with one folder a class.
 
-    Errors: `DataError` when there is no class directory, no image, or a file that is not an image.
+    Errors: `DataError` as `list_folder`, and for a file that is not an image, or one of too many pixels.
     """
-    classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-    pairs = [
-        (file, label)
-        for label, name in enumerate(classes)
-        for file in sorted((path / name).rglob("*"))
-        if file.suffix.lower() in FOLDER_EXTENSIONS
-    ]
-    if not pairs:
-        raise DataError(f"{path}: no images in class directories; expected {path.name}/CLASS/IMAGE.jpg")
-    sizes = []
-    for file, _ in pairs:
-        try:
-            with Image.open(file) as image:
-                sizes.append(image.size)
-        except (OSError, SyntaxError) as error:
-            raise DataError(f"{file}: is not an image ({error})") from error
-    widths, heights = np.array(sizes, dtype=np.int32).T
+    folder = list_folder(path)
+    files = [Path(file) for label in range(len(folder.class_names)) for file in folder.files(label)]
+    headers = [_header(file) for file in files]
     return FolderImages(
-        path=path,
-        class_names=tuple(classes),
-        files=[file for file, _ in pairs],
-        heights=heights,
-        widths=widths,
-        labels=np.array([label for _, label in pairs], dtype=np.int64),
+        path=folder.path,
+        class_names=folder.class_names,
+        files=files,
+        heights=np.array([header.height for header in headers], dtype=np.int32),
+        widths=np.array([header.width for header in headers], dtype=np.int32),
+        labels=np.repeat(np.arange(len(folder.class_names), dtype=np.int64), folder.num_files),
+        plain=np.array([header.plain for header in headers], dtype=bool),
     )
+
+
+class _Header(NamedTuple):
+    width: int
+    height: int
+    plain: bool
+
+
+def _header(file: Path) -> _Header:
+    """What an image file says of itself, upright."""
+    try:
+        with quiet_pillow(None), open_image_file(file) as image:
+            width, height = upright_size(image)
+            kind = ("JPEG" if image.format in JPEG_FORMATS else image.format, image.mode)
+            plain = kind in _PLAIN and is_upright(image) and "transparency" not in image.info
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises anything at all on damaged files
+        raise _unfit(file, error) from error
+    if width * height > MAX_PIXELS:
+        raise DataError(
+            f"{printable(file)}: is {width}x{height}, over {MAX_PIXELS:,} pixels; convert the folder with --max-side"
+        )
+    return _Header(width, height, plain)
+
+
+def _unfit(file: Path, error: Exception) -> DataError:
+    if isinstance(error, OSError) and error.errno is not None:
+        return unreadable(error, file)
+    message = " ".join(str(error).split()) or type(error).__name__
+    return DataError(f"{printable(file)}: does not decode as an image ({message}); repair or remove it")

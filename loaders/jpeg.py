@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import io
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Final
+from typing import Final, NamedTuple
 
 from PIL import Image
 
@@ -18,6 +19,7 @@ LIBRARY: Final = "libturbojpeg.so.0"
 _RGB: Final = (0, 3)
 _CMYK: Final = (11, 4)
 _ACCURATE_DCT: Final = 4096
+_SCAN: Final = 0xDA  # the marker SOS
 # The warnings that mean lost pixels. Others (an unknown Adobe marker, a wrong header version) leave the
 # pixels whole.
 _DAMAGE: Final = ("Corrupt JPEG data", "Premature end of JPEG file")
@@ -35,24 +37,79 @@ class JPEGFrame:
     num_components: int
 
 
+class _Segment(NamedTuple):
+    start: int
+    """Its first byte of 255; where the one before ended if there is nothing between the two."""
+    at: int
+    """Its marker's second byte, behind which its length stands."""
+    end: int
+
+
+def is_jpeg(data: bytes) -> bool:
+    """Whether it begins as a JPEG stream does."""
+    return data.startswith(b"\xff\xd8")
+
+
 def read_frame(data: bytes) -> JPEGFrame | None:
     """The frame header of the JPEG stream `data`, or None if it has none."""
-    position = 2
-    while position + 10 <= len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker == 0xFF:  # fill byte
-            position += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+    for _, at, end in _segments(data):
+        if 0xC0 <= data[at] <= 0xCF and data[at] not in (0xC4, 0xC8, 0xCC) and end - at >= 9:
             return JPEGFrame(
-                process=marker - 0xC0,
-                bits=data[position + 4],
-                height=int.from_bytes(data[position + 5 : position + 7], "big"),
-                width=int.from_bytes(data[position + 7 : position + 9], "big"),
-                num_components=data[position + 9],
+                process=data[at] - 0xC0,
+                bits=data[at + 3],
+                height=int.from_bytes(data[at + 4 : at + 6], "big"),
+                width=int.from_bytes(data[at + 6 : at + 8], "big"),
+                num_components=data[at + 8],
             )
-        else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     return None
+
+
+def without_stray_bytes(data: bytes) -> bytes:
+    """The stream without what stands between the segments of its header: libjpeg and Pillow step over it.
+
+    `data` itself if there is nothing.
+    """
+    segments = list(_segments(data))
+    ends = [2, *(segment.end for segment in segments)]
+    if not segments or all(segment.start == end for segment, end in zip(segments, ends, strict=False)):
+        return data
+    return b"".join([data[:2], *(data[start:end] for start, _, end in segments), data[ends[-1] :]])
+
+
+def with_end_marker(data: bytes, frame: JPEGFrame) -> bytes:
+    """The stream with an end marker, if only that is missing; `data` itself if it has one.
+
+    That its pixels are whole has to be checked. Only a stream of one scan is ended: one of several would not tell
+    that the last of them are missing.
+    """
+    *_, last = _segments(data)
+    num_in_scan = data[last.at + 3] if last.end - last.at > 3 else 0
+    if data[last.at] != _SCAN or num_in_scan != frame.num_components or frame.process > 1:
+        return data
+    return data if data.find(b"\xff\xd9", last.end) >= 0 else data + b"\xff\xd9"
+
+
+def _segments(data: bytes) -> Iterator[_Segment]:
+    """The segments of the header, the first scan's the last: ITU T.81, B.1.1. It ends where a stream is no JPEG."""
+    position = 2
+    while True:
+        start = data.find(b"\xff", position)
+        at = start + 1
+        while 0 < at < len(data) and data[at] == 0xFF:  # fill bytes
+            at += 1
+        if start < 0 or at >= len(data) or data[at] == 0xD9:
+            return
+        if data[at] == 0:  # no marker, but a stray 255
+            position = at + 1
+            continue
+        alone = data[at] == 0x01 or 0xD0 <= data[at] <= 0xD7
+        end = at + 1 + (0 if alone else int.from_bytes(data[at + 1 : at + 3], "big"))
+        if end > len(data) or (not alone and end < at + 3):
+            return
+        yield _Segment(start, at, end)
+        if data[at] == _SCAN:
+            return
+        position = end
 
 
 def decoder_name() -> str:
@@ -60,8 +117,10 @@ def decoder_name() -> str:
     return "pillow" if _library() is None else "turbojpeg"
 
 
-def check_jpeg(data: bytes, frame: JPEGFrame) -> tuple[str, str]:
+def check_jpeg(data: bytes, frame: JPEGFrame, scale: int = 1) -> tuple[str, str]:
     """Decode a JPEG stream fully and say what is wrong with it: (damage, remark), each "" if there is none.
+
+    A `scale` of 2, 4 or 8 divides the sides of what is decoded, and so the memory; every bit is read all the same.
 
     Damage means that pixels are lost. A remark is a warning that leaves the pixels whole, yet gives the same
     failing return code, so that FFCV cannot tell it from damage: such a stream must be encoded again.
@@ -71,16 +130,19 @@ def check_jpeg(data: bytes, frame: JPEGFrame) -> tuple[str, str]:
     library = _library()
     if library is None:
         try:
-            Image.open(io.BytesIO(data), formats=["JPEG"]).load()
+            image = Image.open(io.BytesIO(data), formats=["JPEG"])
+            image.draft(None, (max(1, frame.width // scale), max(1, frame.height // scale)))
+            image.load()
         except (OSError, SyntaxError, ValueError) as error:
             return str(error), ""
         return "", ""
     if not hasattr(_thread, "handle"):
         _thread.handle = library.tjInitDecompress()
     pixel_format, num_channels = _CMYK if frame.num_components == 4 else _RGB
-    pixels = ctypes.create_string_buffer(frame.width * frame.height * num_channels)
+    width, height = -(-frame.width // scale), -(-frame.height // scale)
+    pixels = ctypes.create_string_buffer(width * height * num_channels)
     status = library.tjDecompress2(
-        _thread.handle, data, len(data), pixels, frame.width, 0, frame.height, pixel_format, _ACCURATE_DCT
+        _thread.handle, data, len(data), pixels, width, 0, height, pixel_format, _ACCURATE_DCT
     )
     if status == 0:
         return "", ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterator
@@ -12,8 +11,6 @@ from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
-
-from PIL import Image
 
 from loaders.beton import IMAGE_RAW, BetonTables, read_tables, table_bytes
 from loaders.errors import DataError
@@ -190,15 +187,13 @@ def _check_image(descriptor: int, tables: BetonTables, index: int) -> str:
     if tables.modes[index] == IMAGE_RAW:
         return ""  # its size was checked with the tables, and any bytes are pixels
     data = os.pread(descriptor, int(tables.data_sizes[index]), int(tables.data_ptrs[index]))
-    size = (int(tables.widths[index]), int(tables.heights[index]))
-    try:
-        found = Image.open(io.BytesIO(data), formats=["JPEG"]).size
-    except (OSError, SyntaxError) as error:
-        return str(error)
-    if found != size:
-        return f"it is {found[0]}x{found[1]}, the tables say {size[0]}x{size[1]}"
     frame = read_frame(data)
-    return "it has no frame header" if frame is None else "".join(check_jpeg(data, frame))
+    if frame is None:
+        return "it has no frame header"
+    width, height = int(tables.widths[index]), int(tables.heights[index])
+    if (frame.width, frame.height) != (width, height):
+        return f"it is {frame.width}x{frame.height}, the tables say {width}x{height}"
+    return "".join(check_jpeg(data, frame))
 
 
 def _block_sha256(path: Path, index: int, block_bytes: int) -> str:

@@ -34,7 +34,7 @@ class Recipe:
     center_fraction: float = 1.0
     """Side of the centred square, share of the shorter image side (Resize 256, CenterCrop 224: 224/256)."""
     interpolation: Interpolation = "bicubic"
-    """Filter of the resize, antialiased as Pillow's."""
+    """Filter of the resize, antialiased as Pillow's; on hard edges bicubic differs from it (see `loaders.cut`)."""
     flip_p: float = 0.5
     """Probability of a horizontal flip."""
     jitter_p: float = 0.8

@@ -6,23 +6,25 @@ https://www.cs.toronto.edu/~kriz/cifar.html
 
 from __future__ import annotations
 
+import errno
+import gzip
 import hashlib
 import http.client
-import io
 import os
-import pickle
 import tarfile
 import urllib.request
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from loaders.convert.plain_pickle import PickleError, read_plain_pickle
 from loaders.convert.source import Sample, Source
 from loaders.errors import DataError
+from loaders.names import printable
 
 URL: Final = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 MD5: Final = "c58f30108f718f92721af3b95e74349a"
@@ -30,13 +32,10 @@ FOLDER: Final = "cifar-10-batches-py"
 _BATCHES: Final = {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)}
 _NAMES: Final = "batches.meta"
 _BATCH_SAMPLES: Final = 10_000
-# All that a pickled array of numbers needs. Everything else is refused, for unpickling calls what it names.
-_ADMITTED: Final = {
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-}
+# The files of a batch have 31 MB, the whole archive 186 MB.
+_MAX_FILE_BYTES: Final = 1 << 26
+_MAX_ARCHIVE_BYTES: Final = 1 << 29
+_MAX_MEMBERS: Final = 1000
 
 
 def open_cifar10(path: Path, split: str) -> Source:
@@ -53,19 +52,17 @@ def open_cifar10(path: Path, split: str) -> Source:
         raise DataError(
             f"{path}: CIFAR-10 has no split {split!r}; give one of {', '.join(_BATCHES)} with --split"
         )
-    names = _read(path, _NAMES).get("label_names")
-    if not isinstance(names, list) or not all(isinstance(name, str | bytes) for name in names):
-        raise DataError(f"{path}: {_NAMES} holds no `label_names`")
+    class_names = _class_names(path)
 
     def samples() -> Iterator[Sample]:
         for batch in _BATCHES[split]:
-            images, labels = _arrays(path, batch, len(names))
+            images, labels = _arrays(path, batch, len(class_names))
             for row, (image, label) in enumerate(zip(images, labels, strict=True)):
-                yield Sample(f"{path}: {batch}, row {row}", label, np.ascontiguousarray(image))
+                yield Sample(f"{printable(path)}: {batch}, row {row}", label, np.ascontiguousarray(image))
 
     return Source(
-        description=f"CIFAR-10 {split}, {path}",
-        class_names=tuple(name.decode() if isinstance(name, bytes) else name for name in names),
+        description=f"CIFAR-10 {split}, {printable(path)}",
+        class_names=class_names,
         num_samples=len(_BATCHES[split]) * _BATCH_SAMPLES,
         samples=samples,
     )
@@ -104,11 +101,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fast_essl"
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ADMITTED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no batch of CIFAR-10 does")
-        return super().find_class(module, name)
+def _class_names(path: Path) -> tuple[str, ...]:
+    names = _read(path, _NAMES).get("label_names")
+    if not isinstance(names, list) or not all(isinstance(name, str | bytes) for name in names):
+        raise DataError(f"{printable(path)}: {_NAMES} holds no `label_names`")
+    try:
+        return tuple(name.decode() if isinstance(name, bytes) else name for name in names)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{printable(path)}: a class name in {_NAMES} is not UTF-8 ({error}); fetch it again"
+        ) from error
 
 
 def _arrays(path: Path, batch: str, num_classes: int) -> tuple[npt.NDArray[np.uint8], list[int]]:
@@ -129,24 +131,86 @@ def _read(path: Path, name: str) -> dict[str, Any]:
     try:
         if path.is_dir():
             folder = path if (path / _NAMES).is_file() else path / FOLDER
-            return _unpickle((folder / name).open("rb"))
-        with tarfile.open(path, "r:*") as archive:
-            return _unpickle(archive.extractfile(f"{FOLDER}/{name}") or io.BytesIO())
-    except (OSError, KeyError, EOFError, zlib.error, tarfile.TarError) as error:
+            data = _content(folder / name)
+        else:
+            with _unpacked(path) as file:
+                data = _member(file, f"{FOLDER}/{name}")
+    # A damaged archive makes tarfile recurse and compute with any number.
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        tarfile.TarError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise DataError(
-            f"{path}: not a whole CIFAR-10 python archive or folder ({error}); fetch it again"
+            f"{printable(path)}: {name} cannot be read from this CIFAR-10 python archive or folder ({reason}); "
+            "fetch it again"
         ) from error
-    except (pickle.UnpicklingError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise DataError(f"{path}: {name} is damaged, or not of CIFAR-10 ({error}); fetch it again") from error
+    try:
+        return read_plain_pickle(data)
+    except PickleError as error:
+        raise DataError(
+            f"{printable(path)}: {name} is damaged, or not of CIFAR-10 ({error}); fetch it again"
+        ) from error
 
 
-def _unpickle(file: IO[bytes]) -> dict[str, Any]:
-    """A pickled dictionary with its keys as text (Python 2 wrote them as bytes)."""
-    with file:
-        values = _ArrayUnpickler(file, encoding="bytes").load()
-    if not isinstance(values, dict):
-        raise pickle.UnpicklingError("it is not a dictionary")
-    return {key.decode() if isinstance(key, bytes) else str(key): value for key, value in values.items()}
+def _content(path: Path) -> bytes:
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, f"{path.name} is missing or no file")
+    if path.stat().st_size > _MAX_FILE_BYTES:
+        raise ValueError(f"{path.name} has over {_MAX_FILE_BYTES:,} bytes")
+    return path.read_bytes()
+
+
+def _unpacked(path: Path) -> IO[bytes]:
+    with path.open("rb") as file:
+        is_packed = file.read(2) == b"\x1f\x8b"
+    return cast(IO[bytes], gzip.open(path)) if is_packed else path.open("rb")
+
+
+def _member(file: IO[bytes], name: str) -> bytes:
+    """A file of an archive. Errors: ValueError if it is not there, or the archive is larger than any of CIFAR-10."""
+    with tarfile.open(fileobj=cast(IO[bytes], _Bounded(file)), mode="r:") as archive:
+        for _ in range(_MAX_MEMBERS):
+            member = archive.next()
+            if member is None:
+                break
+            if member.name == name and member.isreg():
+                content = archive.extractfile(member)
+                if content is None or member.issparse() or member.size > _MAX_FILE_BYTES:
+                    raise ValueError(f"{name} claims {member.size:,} bytes")
+                data = content.read()
+                if len(data) < member.size:
+                    raise ValueError(f"{name} is cut short")
+                return data
+    raise ValueError(f"{name} is missing")
+
+
+class _Bounded:
+    """A file of which only so much is ever unpacked: a small archive may claim any size, and hold it as well."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def read(self, num_bytes: int) -> bytes:
+        self._check(num_bytes, _MAX_FILE_BYTES)
+        self._check(self._file.tell() + num_bytes, _MAX_ARCHIVE_BYTES)
+        return self._file.read(num_bytes)
+
+    def seek(self, position: int) -> int:
+        self._check(position, _MAX_ARCHIVE_BYTES)
+        return self._file.seek(position)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def _check(self, num_bytes: int, most: int) -> None:
+        if not 0 <= num_bytes <= most:
+            raise ValueError(f"it claims {num_bytes:,} bytes, and CIFAR-10 has fewer than {most:,}")
 
 
 def _md5(path: Path) -> str:

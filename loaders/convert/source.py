@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from loaders.names import check_class_names
+
 
 class Sample(NamedTuple):
     """One image as it stands in its source."""
@@ -23,10 +25,16 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A set of labelled images that is read as a stream."""
+    """A set of labelled images that is read as a stream.
+
+    Errors: DataError if a class name cannot stand in a manifest.
+    """
 
     description: str
     class_names: tuple[str, ...]
     num_samples: int
     samples: Callable[[], Iterator[Sample]]
     """Starts the stream; always the same samples in the same order."""
+
+    def __post_init__(self) -> None:
+        check_class_names(self.class_names, self.description)

@@ -202,6 +202,24 @@ def test_from_images_to_accuracies(
     assert len(out.splitlines()) > 1
 
 
+@pytest.mark.parametrize(
+    "order", ["images --split val my.beton", "--split val images my.beton", "images my.beton --split val"]
+)
+def test_options_of_convert_stand_anywhere_and_name_any_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], order: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val"):
+        Path("images", split, "cat").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(Path("images", split, "cat", f"{split}.png"))
+    code, out, err = _run(["convert", *order.split(), "--workers", "1"], capsys)
+    assert code == 0, err
+    assert out.startswith("my.beton: 1 images of 1 classes")
+    code, _, err = _run(["convert", "images", "--workers", "1", "my.beton", "more"], capsys)
+    assert code == 2
+    assert "unrecognized arguments: more" in err
+
+
 def test_transformations_are_listed_with_their_cost(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = _run(["transformations"], capsys)
     assert code == 0

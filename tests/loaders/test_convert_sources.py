@@ -256,7 +256,9 @@ def test_cifar_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cut\.tar\.gz"):
         list(opened(cut, "test").samples())
     (tmp_path / cifar.FOLDER / "test_batch").unlink()
-    with pytest.raises(DataError, match="not a whole CIFAR-10 python archive or folder"):
+    with pytest.raises(
+        DataError, match="test_batch cannot be read from this CIFAR-10 python archive or folder"
+    ):
         list(opened(tmp_path, "test").samples())
     (tmp_path / cifar.FOLDER / "test_batch").write_bytes(pickle.dumps({b"data": [1], b"labels": [1]}))
     with pytest.raises(DataError, match="`data` of test_batch is not an array"):
@@ -353,6 +355,27 @@ def test_unknown_sources(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(DataError, match=r"notes\.txt: neither \.parquet nor a CIFAR-10 archive"):
         opened(tmp_path / "notes.txt")
+
+
+def test_a_beton_file_is_no_source_and_what_it_is_is_said(tmp_path: Path) -> None:
+    fill(tmp_path / "in", ["a/1.png"])
+    convert(str(tmp_path / "in"), tmp_path / "x.beton", workers=1, progress=False)
+    with pytest.raises(DataError, match=r"x\.beton: is a \.beton file with its manifest, converted already"):
+        opened(tmp_path / "x.beton")
+    (tmp_path / "x.beton.json").unlink()
+    with pytest.raises(
+        DataError, match=r"x\.beton: is a \.beton file without a manifest, as stock FFCV writes it"
+    ):
+        opened(tmp_path / "x.beton")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 5000, "a\0b", "a\nb", "\udcff"])
+def test_sources_of_impossible_names(tmp_path: Path, name: str) -> None:
+    for source in (f"{tmp_path}/{name}", f"{tmp_path}/{name}*"):
+        with pytest.raises(DataError) as caught:
+            opened(source)
+        str(caught.value).encode()
+        assert "\n" not in str(caught.value)
 
 
 def test_manifest_tells_the_source_and_the_options(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_every_kind_of_file_is_decoded_as_pillow_does(open_dali, tmp_path):
     ycck = bytearray(encoded(image.convert("CMYK"), "JPEG"))
     ycck[ycck.index(b"Adobe") + 11] = 2  # the marker's colour transform
     exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter turn, that neither loader makes
+    exif[0x0112] = 6  # a quarter turn, that conversion makes, and both loaders
     folder = folder_of(
         tmp_path / "kinds",
         baseline_jpg=encoded(image, "JPEG", quality=90),
@@ -176,9 +176,12 @@ def test_every_kind_of_file_is_decoded_as_pillow_does(open_dali, tmp_path):
         plain_bmp=encoded(image, "BMP"),
         plain_ppm=encoded(image, "PPM"),
         plain_tif=encoded(image, "TIFF"),
+        turned_png=encoded(image, "PNG", exif=exif),
+        sixteen_png=encoded(Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) << 8), "PNG"),
+        movie_gif=encoded(image.convert("P"), "GIF"),
     )
     recipe = Recipe.evaluation(40)
-    options = {"batch_size": 15, "shuffle": False}
+    options = {"batch_size": 18, "shuffle": False}
     (crops,) = open_dali(folder, (recipe,), **options).epoch(0)
     (expected,) = open_loader("torch", folder, (recipe,), num_workers=1, **options).epoch(0)
     assert torch.equal(crops.images[0], expected.images[0])
