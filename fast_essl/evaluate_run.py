@@ -31,6 +31,9 @@ from loaders.manifest import Manifest
 from loaders.recipe import Recipe
 from loaders.views import resolve_view_stage
 
+MAX_THREADS_A_CORE = 64
+"""With 512 a core, a step of 16 small images took six minutes."""
+
 
 def resolve_device(config: RunConfig) -> tuple[torch.device, torch.dtype]:
     """Where a run, or this rank of it, computes and in which autocast type.
@@ -108,8 +111,16 @@ def dali_decoder(config: Config) -> Literal["cpu", "mixed"]:
 
 
 def use_threads(config: RunConfig) -> None:
-    """Let torch compute on the configured number of CPU threads, by default one a core of this rank's share."""
-    torch.set_num_threads(config.train.num_threads or num_cores())
+    """Let torch compute on the configured number of CPU threads, by default one a core of this rank's share.
+
+    Errors: `ConfigError` for so many that they would only wait for each other.
+    """
+    wanted, most = config.train.num_threads, MAX_THREADS_A_CORE * num_cores()
+    if wanted > most:
+        raise ConfigError(
+            f"train.num_threads = {wanted}: must be at most {most} on the {num_cores()} cores here, or 0 for one a core"
+        )
+    torch.set_num_threads(wanted or num_cores())
     if num_ranks() > 1:  # the view stage's threads
         numba.set_num_threads(min(num_cores(), numba.config.NUMBA_NUM_THREADS))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from fast_essl import evaluate_run
 from fast_essl.config import Config, ConfigError
 from fast_essl.config_io import build_settings, config_to_table, config_to_toml, find_config, load_config
 from fast_essl.photonics.config import PhotonicsConfig, load_preset
@@ -322,3 +323,14 @@ def test_a_text_that_is_not_utf_8_is_refused_before_it_is_saved(tmp_path: Path) 
     word = b"caf\xe9.beton".decode("utf-8", "surrogateescape")
     with pytest.raises(ConfigError, match=r"command line: data\.train = .*must be UTF-8 text"):
         load_config(_write(tmp_path, MINIMAL), ["--data.train", word])
+
+
+def test_more_threads_than_a_core_can_serve_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_run, "num_cores", lambda: 2)
+    config = load_config(_write(tmp_path, MINIMAL), ["--train.num-threads", "1000"])
+    with pytest.raises(
+        ConfigError, match=r"train.num_threads = 1000: must be at most 128 on the 2 cores here"
+    ):
+        evaluate_run.use_threads(config)
