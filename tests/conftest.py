@@ -61,6 +61,15 @@ def shared_photos() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def photo_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with photo-digits as the demo has them, `photo-digits-train.beton` and `photo-digits-test.beton`."""
+    folder = tmp_path_factory.mktemp("photo-digits")
+    for split in ("train", "test"):
+        convert("photo-digits", folder / f"photo-digits-{split}.beton", split=split, progress=False)
+    return folder
+
+
 TINY = """
 [data]
 loader = "torch"

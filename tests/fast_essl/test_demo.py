@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from fast_essl.demo import DemoOptions, run_demo
 pytest.importorskip("sklearn")
 
 SMALL = (
-    *("--train.epochs", "1", "--train.max_steps", "3", "--train.batch_size", "16", "--train.log_every", "1"),
+    *("--train.epochs", "1", "--train.max_steps", "3", "--train.batch_size", "64", "--train.log_every", "1"),
     *(
         "--optimizer.warmup_epochs",
         "0",
@@ -27,7 +28,9 @@ SMALL = (
         "--data.num_workers",
         "1",
     ),
-    *("--model.width", "8", "--views.eval_size", "8"),
+    *("--model.backbone", "resnet10", "--model.width", "8", "--views.eval_size", "8"),
+    # Layers of this size are too small to be shared between threads.
+    *("--train.num_threads", "1"),
 )
 
 
@@ -70,7 +73,10 @@ def test_demo_runs_and_runs_again(
     assert (tmp_path / "runs/small/e_simclr/last.pt").read_bytes() == weights
 
 
-def test_a_signal_ends_the_demo_with_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_ends_the_demo_with_a_checkpoint(
+    photo_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(photo_digits, tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     said: list[str] = []
     write = run_folder.MetricsFile.write

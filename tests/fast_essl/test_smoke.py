@@ -11,18 +11,15 @@ from fast_essl import run_folder
 from fast_essl.config_io import load_config
 from fast_essl.pretrain import pretrain
 from fast_essl.protocols import finetune_run, probe_run
-from loaders.convert import convert
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SMOKES = sorted(CONFIGS.glob("*_smoke.toml"))
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photo-digits")
-    for split in ("train", "test"):
-        convert("photo-digits", folder / f"{split}.beton", split=split, progress=False)
-    return ["--data.train", str(folder / "train.beton"), "--data.test", str(folder / "test.beton")]
+def data(photo_digits):
+    train, test = (str(photo_digits / f"photo-digits-{split}.beton") for split in ("train", "test"))
+    return ["--data.train", train, "--data.test", test]
 
 
 def test_there_is_one_for_every_method_with_and_without_lambda_on_both_data_sets():
@@ -52,8 +49,18 @@ def test_a_smoke_recipe_runs(path, data, tmp_path):
 
 
 def test_the_protocols_run_on_a_smoke_recipe_s_run(data, tmp_path):
-    pretrain(load_config(CONFIGS / "e_simsiam_imagenet_smoke.toml", data), tmp_path, show_progress=False)
-    small = ["--probe.epochs", "1", "--probe.batch-size", "256", "--finetune.epochs", "1"]
+    few = ["--data.train", data[3], *data[2:]]  # the test images, a quarter as many
+    pretrain(load_config(CONFIGS / "e_simsiam_imagenet_smoke.toml", few), tmp_path, show_progress=False)
+    small = [
+        "--probe.epochs",
+        "1",
+        "--probe.batch-size",
+        "256",
+        "--probe.num-fits",
+        "2",
+        "--finetune.epochs",
+        "1",
+    ]
     probe = probe_run(tmp_path, overrides=small, show_progress=False)
     finetune = finetune_run(tmp_path, overrides=small, show_progress=False)
     for result, num_fits in ((probe, probe["protocol"]["num_fits"]), (finetune, 1)):
