@@ -5,11 +5,9 @@ Everything is in torchvision's key names, which are ours: `conv1.weight`, `bn1.â
 
 from __future__ import annotations
 
-import io
 import pickle
 import typing
 import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fast_essl import run_folder
+from fast_essl import records, run_folder
+from fast_essl.checkpoint import decode, remark_without_digest
 from fast_essl.config import ConfigError, ModelConfig
 from fast_essl.resnet import ResNet, Stem, build_backbone
 from loaders.errors import DataError
@@ -53,7 +52,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if path.is_dir():
         path = path / run_folder.CHECKPOINT
-    content = path.read_bytes()  # so that whatever is raised below is about the content, not about the disk
+    content = records.read_bytes(
+        path
+    )  # so that whatever is raised below is about the content, not about the disk
     try:
         state = safetensors.torch.load(content) if path.suffix == ".safetensors" else _load(content)
     except pickle.UnpicklingError as error:
@@ -68,6 +69,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: damaged, or not a checkpoint") from None
     if not isinstance(state, dict):
         raise DataError(f"{path}: holds a {type(state).__name__}, not a dict of tensors")
+    if "format_version" in state:  # ours
+        remark_without_digest(content, path)
     return state
 
 
@@ -144,15 +147,10 @@ def load_backbone(backbone: ResNet, path: Path) -> None:
 
 def _load(content: bytes) -> Any:
     """What `torch.save` wrote."""
-    if content.startswith(b"PK"):
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            damaged_part = archive.testzip()  # torch.load does not look at the checksums
-        if damaged_part is not None:
-            raise zipfile.BadZipFile(damaged_part)
     named = torch.serialization.safe_globals([exclude_bias_and_norm])
     with named, warnings.catch_warnings():  # about pickle protocols; what matters is an error
         warnings.simplefilter("ignore")
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return decode(content)
 
 
 def exclude_bias_and_norm(*_: object) -> None:

@@ -24,7 +24,9 @@ def _changed(section: str, **values: Any) -> Config:
 
 
 def _save(path: Path) -> None:
-    save_checkpoint(path, config=CONFIG, dataset_digest="d" * 64, step=7, model={"w": torch.arange(1000.0)})
+    counts = {"step": 7, "evaluated_step": 0, "elapsed_s": 1.5, "metrics_num_bytes": 0}
+    state = {"method": {"w": torch.arange(1000.0)}, "optimizer": {}, "scaler": {}}
+    save_checkpoint(path, config=CONFIG, dataset_digest="d" * 64, **counts, **state)
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -32,7 +34,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     _save(path)
     state = load_checkpoint(path, config=CONFIG, dataset_digest="d" * 64)
     assert state["step"] == 7
-    assert torch.equal(state["model"]["w"], torch.arange(1000.0))
+    assert torch.equal(state["method"]["w"], torch.arange(1000.0))
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
