@@ -20,6 +20,12 @@ from loaders.errors import DataError
 CHECKSUM = "checksum"
 """Key of a result's checksum over the rest of it."""
 
+_REQUIRED_METRICS = {
+    "step": ("step", "epoch", "elapsed_s", "loss", "samples_per_s", "data_wait_share"),
+    "eval": ("step", "epoch", "elapsed_s"),
+}
+"""Numbers that every line of a type holds."""
+
 
 def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
     """Write the parts as one file, under its name only when it is whole and on the disk.
@@ -100,13 +106,18 @@ def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
     Args: `remedy` ends the message of a damaged file: how it is made again.
     Errors: `DataError` in one line for a damaged, cut or empty one; `OSError`.
     """
-    try:
-        value = json.loads(read_bytes(path))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: damaged, or not JSON ({error}); {remedy}") from None
+    value = read_any_json(path, remedy=remedy)
     if not isinstance(value, dict):
         raise DataError(f"{path}: holds a {type(value).__name__}, not an object; {remedy}")
     return value
+
+
+def read_any_json(path: Path, *, remedy: str) -> Any:
+    """As `read_json`, for any value."""
+    try:
+        return json.loads(read_bytes(path))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: damaged, or not JSON ({error}); {remedy}") from None
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,12 +141,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: damaged ({error}); remove that line") from None
-        if not isinstance(line, dict) or line.get("type") not in ("step", "eval"):
+        required = _REQUIRED_METRICS.get(str(line.get("type"))) if isinstance(line, dict) else None
+        if required is None:
             raise DataError(f"{path}, line {number}: not a line of metrics; remove it")
-        for name in {"step", "epoch", "elapsed_s", *line} - {"type"}:
+        for name in {*required, *line} - {"type"}:
             value = line.get(name)
-            optional = value is None and name not in ("step", "epoch", "elapsed_s")
-            if not optional and not is_number(value):
+            if not is_number(value) and (value is not None or name in required):
                 raise DataError(f"{path}, line {number}: {name} is {value!r}, not a number; remove that line")
         lines.append(line)
     return lines
