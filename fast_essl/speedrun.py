@@ -279,6 +279,8 @@ def _outcome(config: Config, run_dir: Path, history: dict[str, Any]) -> dict[str
     """What a run's log says: time and accuracy at the evaluation that reached the target, or at the last one."""
     target = config.speedrun.target
     evaluations = _evaluations(run_dir)
+    if not evaluations or not history["starts"]:
+        raise DataError(f"{run_dir}: its log or {STARTS} has lost lines; {_BEGIN_ANEW}")
     hit = _first_hit(evaluations, target)
     end = hit or evaluations[-1]
     seen = [line for line in evaluations if line["step"] <= end["step"]]
