@@ -225,6 +225,7 @@ def _evaluation_name(random_init: bool) -> str:
 
 
 def _evaluate_and_write(path: Path, config: Config, backbone: ResNet, step: int) -> dict[str, Any]:
+    records.refuse_irregular(path)
     # First: evaluating moves the backbone to the device and into another memory format.
     measured = _what_is_measured(config, backbone)
     result = records.sealed({"step": step, **_evaluate(config, backbone), "measured": measured})

@@ -33,7 +33,7 @@ def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
     Errors: `DataError` for a folder, a pipe or a device of that name; `OSError` that names the file, with the one of
     before untouched and nothing left behind.
     """
-    _refuse_irregular(path)
+    refuse_irregular(path)
     _remove_left_over(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -75,6 +75,12 @@ def named(error: OSError, path: Path, remark: str = "") -> OSError:
     return OSError(error.errno, f"{reason}; {remark}" if remark else reason, str(path))
 
 
+def refuse_irregular(path: Path) -> None:
+    """Errors: `DataError` for what is there and no regular file, or link to one."""
+    if path.exists() and not path.is_file():
+        raise _irregular(path)
+
+
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> BinaryIO:
     """Open a file of a folder that this program fills, never waiting for the other end of a pipe.
 
@@ -82,7 +88,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> BinaryIO:
     Errors: `DataError` for anything but a regular file; `OSError`.
     """
     # A pipe that nobody reads is an error when it is opened for writing without blocking (ENXIO): looked at before.
-    _refuse_irregular(path)
+    refuse_irregular(path)
     descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
     file = open(descriptor, "rb" if flags == os.O_RDONLY else "r+b", buffering=0)  # noqa: SIM115 - the caller's
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -167,12 +173,6 @@ def remark(text: str) -> None:
 def _checksum(values: Mapping[str, Any]) -> str:
     rest = {name: value for name, value in values.items() if name != CHECKSUM}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _refuse_irregular(path: Path) -> None:
-    """Errors: `DataError` for what is there and no regular file, or link to one."""
-    if path.exists() and not path.is_file():
-        raise _irregular(path)
 
 
 def _irregular(path: Path) -> DataError:

@@ -93,9 +93,12 @@ os.register_at_fork(after_in_child=_let_go_of_locks)
 def held(run_dir: Path) -> Iterator[None]:
     """Create the folder, hold it for this process alone, and remove what a killed one was writing there.
 
-    Errors: `ConfigError` while another one trains there; `DataError` where the lock is no regular file; `OSError`.
+    Errors: `ConfigError` while another one trains there; `DataError` where one of its names is no regular file;
+    `OSError`.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    for name in (CONFIG, METRICS, ENVIRONMENT, CHECKPOINT, BACKBONE):
+        records.refuse_irregular(run_dir / name)
     with records.open_regular(run_dir / ".lock", os.O_RDWR | os.O_CREAT) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -149,11 +152,17 @@ def _commit() -> str | None:
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():  # an installed package may lie below someone else's checkout
         return None
-    # Without its locks git leaves the checkout's index as it is.
+    # Not `git describe --dirty`, which writes to the checkout's index even without optional locks.
     git = ["git", "--no-optional-locks", "-C", str(root)]
-    command = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = _answer([*git, "rev-parse", "--verify", "HEAD"])
+    changed = _answer([*git, "status", "--porcelain", "--untracked-files=no"])
+    return f"{commit}-dirty" if commit and changed else commit or None
+
+
+def _answer(command: list[str]) -> str | None:
+    """What a command prints; None where it fails."""
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return answer.stdout.strip() or None
+    return answer.stdout.strip() if answer.returncode == 0 else None
