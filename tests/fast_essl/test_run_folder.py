@@ -52,7 +52,6 @@ class FullDisk:
 def test_a_full_disk_at_any_write_names_the_file_and_loses_no_checkpoint(
     tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretrain(_config(tiny_config), tmp_path / "whole", show_progress=False)
     run_dir, errors = tmp_path / "run", list[OSError]()
     # Of the files and their folders, one after the other; with the last, nothing fails any more.
     for failing in (1, 3, 5, 6, 7, 6, 8, 1000):
@@ -70,6 +69,8 @@ def test_a_full_disk_at_any_write_names_the_file_and_loses_no_checkpoint(
     assert {Path(error.filename).parent for error in errors} == {run_dir}
     names = ["backbone.pt", "config.toml", "environment.json", "last.pt", "metrics.jsonl"]
     assert sorted({Path(error.filename).name for error in errors}) == names
+    # Last, since the first steps of a process differ from later ones by rounding.
+    pretrain(_config(tiny_config), tmp_path / "whole", show_progress=False)
     expected = _weights(tmp_path / "whole")
     assert all(torch.equal(value, expected[name]) for name, value in _weights(run_dir).items())
 
