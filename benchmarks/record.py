@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import statistics
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fast_essl.records import write_json
 from fast_essl.run_folder import describe_environment
 
 RECORDS = Path(__file__).resolve().parent / "records"
@@ -37,5 +37,5 @@ def write_record(subject: str, results: dict[str, Any], *, facts: dict[str, Any]
     facts = facts or machine_facts()
     path = RECORDS / f"{facts['date'][:10]}-{subject}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**facts, "results": results}, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    write_json(path, {**facts, "results": results})
     return path

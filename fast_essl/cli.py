@@ -72,9 +72,12 @@ def _run_command(argv: list[str] | None) -> int:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    who = f"rank {os.environ.get('RANK', '?')} on {socket.gethostname()}: " if _is_rank() else ""
-    print(f"fast-essl: error: {who}{' '.join(message.split())}", file=sys.stderr)
+    print(f"fast-essl: error: {_this_rank()}{' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def _this_rank() -> str:
+    return f"rank {os.environ.get('RANK', '?')} on {socket.gethostname()}: " if _is_rank() else ""
 
 
 def _is_rank() -> bool:
@@ -280,7 +283,8 @@ def _pretrain(arguments: argparse.Namespace) -> int:
             with all_or_none():
                 config = _pretrain_config(arguments)
             return _train(arguments, config)
-    except EndedByAnotherRankError:  # which has said why
+    except EndedByAnotherRankError as error:  # whose error it is
+        print(f"fast-essl: {_this_rank()}{error}", file=sys.stderr)
         return 2
     except LostRankError as error:
         _fail(str(error), 1)

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fast_essl import run_folder
 from fast_essl.config import Config
 from fast_essl.config_io import find_config, load_config
 from fast_essl.conversion import convert_where_needed
-from fast_essl.evaluate_run import evaluate_run, random_accuracy
+from fast_essl.evaluate_run import run_accuracy
 from fast_essl.pretrain import pretrain
 from fast_essl.report import read_runs, write_report
 
@@ -62,7 +61,7 @@ def run_demo(options: DemoOptions | None = None, *, say: Callable[[str], None] =
     for name, run_dir in zip(METHODS, run_dirs, strict=True):
         _train_and_evaluate(configs[name], run_dir, options.show_progress, say)
     # Both runs start from the same backbone, so the first one's stands for both.
-    random = random_accuracy(run_dirs[0])
+    random = run_accuracy(run_dirs[0], random_init=True)
     report = write_report(run_dirs, options.out / "report.html", random_accuracy=random)
     runs = read_runs(run_dirs)
     results: dict[str, dict[str, float]] = {"random": random}
@@ -98,8 +97,6 @@ def _train_and_evaluate(
     if summary.signal_number is not None:
         say(f"{run_dir}: stopped at step {summary.step} of {summary.num_steps}; the same command continues")
         signal.raise_signal(summary.signal_number)
-    if summary.status == "already finished" and (run_dir / run_folder.EVALUATION).exists():
-        say(f"{run_dir}: finished already, reused")
-        return
-    accuracy = evaluate_run(run_dir)["accuracy"]
-    say(f"{run_dir}: kNN {accuracy['knn_top1']:.1%}, linear probe {accuracy['probe_top1']:.1%}")
+    accuracy = run_accuracy(run_dir)
+    reused = "finished already, reused; " if summary.status == "already finished" else ""
+    say(f"{run_dir}: {reused}kNN {accuracy['knn_top1']:.1%}, linear probe {accuracy['probe_top1']:.1%}")

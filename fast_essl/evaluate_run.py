@@ -13,8 +13,8 @@ import numba
 import torch
 from torch import nn
 
-from fast_essl import run_folder
-from fast_essl.checkpoint import load_file
+from fast_essl import records, run_folder
+from fast_essl.checkpoint import load_file, weights_digest
 from fast_essl.config import Config, ConfigError, RunConfig
 from fast_essl.config_io import load_config
 from fast_essl.distributed import num_ranks, rank
@@ -193,10 +193,10 @@ def load_run(
         if config.train.init_from:
             load_backbone(method.backbone, Path(config.train.init_from))
         return config, method.backbone, 0
-    state = load_file(run_dir / run_folder.CHECKPOINT)
+    state = load_file(run_dir / run_folder.CHECKPOINT, method=dict, step=int)
     try:
         method.load_state_dict(state["method"])
-    except RuntimeError:
+    except (RuntimeError, TypeError, AttributeError):
         raise ConfigError(
             f"{run_dir}: the checkpoint's network is not the configuration's; leave [model] as it is"
         ) from None
@@ -209,15 +209,69 @@ def evaluate_run(
     """Evaluate a run's backbone: kNN, weighted kNN and the fast linear probe on the test split.
 
     Args: as `load_run`.
-    Returns: `step`, `num_train`, `num_test` and `accuracy`, shares in [0, 1] by the names of `evaluate_backbone`;
-    also written to evaluation.json in the run's folder, unless with `random_init`.
-    Errors: as `load_run`.
+    Returns: `step`, `num_train`, `num_test`, `accuracy`, shares in [0, 1] by the names of `evaluate_backbone`, and
+    `measured`, digests of the weights and images with the recipe; also written to evaluation.json in the run's folder,
+    or to evaluation-random.json with `random_init`.
+    Errors: as `load_run`; `OSError` when it cannot be written.
     """
-    config, backbone, step = load_run(run_dir, overrides, random_init=random_init)
-    result = {"step": step, **_evaluate(config, backbone)}
-    if not random_init:
-        (run_dir / run_folder.EVALUATION).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    loaded = load_run(run_dir, overrides, random_init=random_init)
+    return _evaluate_and_write(run_dir / _evaluation_name(random_init), *loaded)
+
+
+def run_accuracy(run_dir: Path, *, random_init: bool = False) -> dict[str, float]:
+    """The accuracy of a run's backbone, or of the one that it started from, measured where that is not done yet.
+
+    An evaluation that is there counts when it is as it was written, and of this step, these weights and these images.
+
+    Errors: as `evaluate_run`.
+    """
+    loaded = load_run(run_dir, random_init=random_init)
+    path = run_dir / _evaluation_name(random_init)
+    result = _read_evaluation(path, *loaded)
+    return dict((result or _evaluate_and_write(path, *loaded))["accuracy"])
+
+
+def _evaluation_name(random_init: bool) -> str:
+    return run_folder.EVALUATION_RANDOM if random_init else run_folder.EVALUATION
+
+
+def _evaluate_and_write(path: Path, config: Config, backbone: ResNet, step: int) -> dict[str, Any]:
+    records.refuse_irregular(path)
+    # First: evaluating moves the backbone to the device and into another memory format.
+    measured = _what_is_measured(config, backbone)
+    result = records.sealed({"step": step, **_evaluate(config, backbone), "measured": measured})
+    records.write_json(path, result)
     return result
+
+
+def _read_evaluation(path: Path, config: Config, backbone: ResNet, step: int) -> dict[str, Any] | None:
+    """What was measured before of this very backbone; None where nothing was."""
+    if not path.exists():
+        return None
+    try:
+        result = records.read_json(path, remedy="measured again")
+    except DataError as error:
+        records.remark(str(error))
+        return None
+    if not records.is_sealed(result):
+        records.remark(f"{path}: of version 0.1.0, or changed since it was written; measured again")
+        return None
+    wanted = {"step": step, "measured": _what_is_measured(config, backbone)}
+    return result if wanted == {name: result.get(name) for name in wanted} else None
+
+
+def _what_is_measured(config: Config, backbone: ResNet) -> dict[str, Any]:
+    recipe = json.loads(json.dumps(dataclasses.asdict(config.views.evaluation())))
+    return {**weights_and_images(config, backbone), "recipe": recipe}
+
+
+def weights_and_images(config: Config, backbone: ResNet) -> dict[str, str]:
+    """The digests of what every evaluation depends on. Errors: `DataError` for a bad manifest."""
+    return {
+        "weights": weights_digest(backbone.state_dict()),
+        "train": Manifest.load(config.data.train).digest,
+        "test": Manifest.load(config.data.test).digest,
+    }
 
 
 def evaluate_file(path: Path, config: Config) -> dict[str, Any]:
@@ -244,12 +298,3 @@ def _evaluate(config: Config, backbone: ResNet) -> dict[str, Any]:
         )
     num_samples = {name: accuracy.pop(name) for name in ("num_train", "num_test")}
     return {**num_samples, "accuracy": accuracy}
-
-
-def random_accuracy(run_dir: Path) -> dict[str, float]:
-    """The accuracy of the backbone that a run started from, measured once and kept in the run's folder."""
-    path = run_dir / run_folder.EVALUATION_RANDOM
-    if not path.exists():
-        result = evaluate_run(run_dir, random_init=True)
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return dict(json.loads(path.read_text("utf-8"))["accuracy"])

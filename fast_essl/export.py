@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import os
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
 from fast_essl import __version__
+from fast_essl.checkpoint import encode, weights_digest
 from fast_essl.config import ConfigError
-from fast_essl.interchange import (
-    DIGEST_KEY,
-    Network,
-    describe_network,
-    find_backbone,
-    read_checkpoint,
-    weights_digest,
-)
+from fast_essl.interchange import DIGEST_KEY, Network, describe_network, find_backbone, read_checkpoint
+from fast_essl.records import write_bytes
 from loaders.errors import DataError
 
 SUFFIXES = (".pth", ".safetensors")
@@ -53,9 +46,7 @@ def export_backbone(source: Path, out: Path, *, overwrite: bool = False) -> str:
     if network is None:
         raise DataError(f"{source}: its ResNet is not whole, or none of those that fast_essl knows")
     if out.suffix == ".pth":
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        data = buffer.getvalue()
+        write_bytes(out, *encode(state))
     else:
         metadata = {
             "format": "pt",  # what others look for
@@ -68,8 +59,7 @@ def export_backbone(source: Path, out: Path, *, overwrite: bool = False) -> str:
         # Ours: elsewhere, a step may count something else.
         if "format_version" in content and isinstance(content.get("step"), int):
             metadata["step"] = str(content["step"])
-        data = safetensors.torch.save(state, metadata)
-    _write(out, data)
+        write_bytes(out, safetensors.torch.save(state, metadata))
     num_parameters = sum(value.numel() for key, value in state.items() if key.endswith(("weight", "bias")))
     return (
         f"{out}: a backbone of {len(state)} tensors, {num_parameters:,} parameters, without `fc` ({network}); "
@@ -88,22 +78,3 @@ def _how_to_load(out: Path, network: Network) -> str:
         f"conv1 is 3×3 of stride 1 and no max-pool follows: set conv1 and maxpool of torchvision's "
         f"{network.backbone} so before .load_state_dict({read}({out.name!r}), strict=False)"
     )
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file under its name only when it is whole and on the disk, as `checkpoint.save_file`."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

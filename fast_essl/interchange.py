@@ -5,7 +5,6 @@ Everything is in torchvision's key names, which are ours: `conv1.weight`, `bn1.â
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import pickle
@@ -21,7 +20,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fast_essl import run_folder
+from fast_essl import records, run_folder
+from fast_essl.checkpoint import decode, remark_without_digest, weights_digest
 from fast_essl.config import ConfigError, ModelConfig
 from fast_essl.resnet import ResNet, Stem, build_backbone
 from loaders.errors import DataError
@@ -33,9 +33,6 @@ PREFIXES = ("", "module.", "backbone.", "module.backbone.", "encoder.", "module.
 FIRST_KEY = "conv1.weight"
 DIGEST_KEY = "weights_sha256"
 """Of the metadata of an exported `.safetensors`."""
-FOLDER_ATTRIBUTE = 0x10
-"""Of a part of a zip file, outside all checksums. Where it is set, torch (2.13) reads nothing and gives the tensor
-whatever the memory held before."""
 MAX_INFLATION = 10
 """How many times its size a checkpoint may unpack to. `torch.save` packs nothing; trained weights pack to 0.9."""
 
@@ -63,9 +60,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if path.is_dir():
         path = path / run_folder.CHECKPOINT
-    if path.exists() and not path.is_file():
-        raise DataError(f"{path}: is not a regular file")
-    content = path.read_bytes()  # so that whatever is raised below is about the content, not about the disk
+    # Read first, so that whatever is raised below is about the content, not about the disk.
+    content = records.read_bytes(path)
     try:
         state = _load_safetensors(content) if path.suffix == ".safetensors" else _load(content)
     except pickle.UnpicklingError as error:
@@ -82,6 +78,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: damaged, or not a checkpoint") from None
     if not isinstance(state, dict):
         raise DataError(f"{path}: holds a {type(state).__name__}, not a dict of tensors")
+    if "format_version" in state:  # ours
+        remark_without_digest(content, path)
     return state
 
 
@@ -191,17 +189,12 @@ def _load(content: bytes) -> Any:
     if content.startswith(b"PK"):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             num_bytes = sum(part.file_size for part in archive.infolist())
-            if num_bytes > MAX_INFLATION * len(content):
-                raise _TooLargeError(f"its {len(content):,} bytes unpack to {num_bytes:,}")
-            if any(part.external_attr & FOLDER_ATTRIBUTE for part in archive.infolist()):
-                raise zipfile.BadZipFile("a folder in place of a tensor")
-            damaged_part = archive.testzip()  # torch.load does not look at the checksums
-        if damaged_part is not None:
-            raise zipfile.BadZipFile(damaged_part)
+        if num_bytes > MAX_INFLATION * len(content):
+            raise _TooLargeError(f"its {len(content):,} bytes unpack to {num_bytes:,}")
     named = torch.serialization.safe_globals([exclude_bias_and_norm])
     with named, warnings.catch_warnings():  # about pickle protocols; what matters is an error
         warnings.simplefilter("ignore")
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return decode(content)
 
 
 def _load_safetensors(content: bytes) -> dict[str, Tensor]:
@@ -212,15 +205,6 @@ def _load_safetensors(content: bytes) -> dict[str, Tensor]:
     if wanted not in (None, weights_digest(state)):
         raise ValueError("other weights than were exported")
     return state
-
-
-def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, shapes and values, in the order of the names."""
-    digest = hashlib.sha256()
-    for key, value in sorted(state.items()):
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def exclude_bias_and_norm(*_: object) -> None:

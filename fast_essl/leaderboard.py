@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from fast_essl import records
 from loaders.errors import DataError
 
 LEADERBOARD = "LEADERBOARD.md"
@@ -22,22 +22,19 @@ preparation (opening it, compiling) stand in the records alone. kNN: k = 10, cos
 
 def read_records(record_dir: Path) -> dict[str, dict[str, Any]]:
     """The speed-run records of a folder by their files' names. Errors: `DataError` naming a damaged one; `OSError`."""
-    records = {}
+    found = {}
     for path in sorted(record_dir.glob("*.json")):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{path}: not a record ({error}); repair it or move it away") from None
+        record = records.read_any_json(path, remedy="repair it or move it away")
         if isinstance(record, dict) and record.get("kind") == "speedrun":
             try:
                 _rank(record)
                 _row(path.name, record)
-            except (KeyError, TypeError, AttributeError) as error:
+            except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
                 raise DataError(
                     f"{path}: not a whole record ({error!r}); repair it or move it away"
                 ) from None
-            records[path.name] = record
-    return records
+            found[path.name] = record
+    return found
 
 
 def write_leaderboard(record_dir: Path) -> Path:
@@ -47,9 +44,9 @@ def write_leaderboard(record_dir: Path) -> Path:
 
     Errors: as `read_records`.
     """
-    records = sorted(read_records(record_dir).items(), key=lambda item: _rank(item[1]))
+    rows = sorted(read_records(record_dir).items(), key=lambda item: _rank(item[1]))
     path = record_dir / LEADERBOARD
-    path.write_text(HEADER + "".join(_row(name, record) for name, record in records), encoding="utf-8")
+    records.write_text(path, HEADER + "".join(_row(name, record) for name, record in rows))
     return path
 
 

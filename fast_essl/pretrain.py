@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import shlex
 import sys
 from collections.abc import Callable, Generator
@@ -19,7 +18,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from fast_essl import run_folder
+from fast_essl import records, run_folder
 from fast_essl.accumulation import accumulate_gradients, in_passes
 from fast_essl.batch_norm import synchronise_batch_norm
 from fast_essl.config import Config, ConfigError, RunConfig
@@ -124,13 +123,14 @@ def train(
         with all_or_none():
             _require_one_run(config, run.step, source.digest)
         if run.step >= last_step:
+            run.write_missing_backbone()
             return _summary(run, "already finished", last_step)
         with all_or_none():
             if rank() == 0:
-                (run_dir / run_folder.CONFIG).write_text(config_to_toml(config), encoding="utf-8")
+                records.write_text(run_dir / run_folder.CONFIG, config_to_toml(config))
                 environment = run_folder.describe_environment(shlex.join(sys.argv))
                 environment["num_ranks"] = num_ranks()
-                (run_dir / run_folder.ENVIRONMENT).write_text(json.dumps(environment, indent=2) + "\n")
+                records.write_json(run_dir / run_folder.ENVIRONMENT, environment)
         model = data_parallel(method, device)
 
         def compute(function: Callable[..., Any], *arguments: Any) -> Any:

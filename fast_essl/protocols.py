@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -21,10 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fast_essl import records
 from fast_essl.config import Config, ConfigError
 from fast_essl.errors import NonFiniteLossError
 from fast_essl.evaluate import top_accuracy
-from fast_essl.evaluate_run import count_classes, load_run, open_split, resolve_device, use_threads
+from fast_essl.evaluate_run import (
+    count_classes,
+    load_run,
+    open_split,
+    resolve_device,
+    use_threads,
+    weights_and_images,
+)
 from fast_essl.optim import LARS, set_learning_rates
 from fast_essl.resnet import ResNet
 from fast_essl.schedule import learning_rate_share
@@ -51,7 +58,8 @@ def probe_run(
 ) -> dict[str, Any]:
     """The linear probe: a linear classifier on the frozen backbone of a run, by SGD on augmented images.
 
-    Returns: `step` of the checkpoint, `protocol` (the section [probe]), `num_train`, `num_test`, and `top1`, `top5` as
+    Returns: `step` of the checkpoint, digests of the weights and images `measured`, `protocol` (the section [probe]),
+    a `checksum` of the rest, `num_train`, `num_test`, and `top1`, `top5` as
     n, mean, sample standard deviation and values of the fits, shares of 1; also written to probe.json in its folder.
     Errors: `ConfigError`, `DataError`, before the first step; `NonFiniteLossError` for a fit that diverged.
     Source: paper, section 4; its official release's `eval_loop` (CIFAR-10) and `linear_probe.py` (ImageNet).
@@ -59,6 +67,7 @@ def probe_run(
     config, backbone, step = load_run(run_dir, overrides)
     device, _ = resolve_device(config)
     probe = config.probe
+    measured = weights_and_images(config, backbone)
     backbone = _on(device, backbone).eval().requires_grad_(False)
 
     def fit(seed: int) -> Callable[[Tensor], Tensor]:
@@ -88,7 +97,8 @@ def probe_run(
             _train(config, loader, logits, optimizer, probe.epochs, probe.schedule == "epoch", show_progress)
         return logits
 
-    result = {"step": step, "protocol": asdict(probe), **_fits(config, probe.num_fits, fit, say)}
+    fits = _fits(config, probe.num_fits, fit, say)
+    result = {"step": step, "measured": measured, "protocol": asdict(probe), **fits}
     return _write(run_dir / PROBE, result)
 
 
@@ -153,6 +163,7 @@ def finetune_run(
     images = {name: getattr(config.probe, name) for name in IMAGE_FIELDS}
     result = {
         "step": step,
+        "measured": weights_and_images(config, pretrained),
         "protocol": asdict(settings),
         "images": images,
         **fits,
@@ -299,5 +310,6 @@ def _spread(values: Iterable[float]) -> dict[str, Any]:
 
 
 def _write(path: Path, result: dict[str, Any]) -> dict[str, Any]:
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    result = records.sealed(result)
+    records.write_json(path, result)
     return result

@@ -2,8 +2,8 @@
 
 Every rank runs the same program. What only one of them meets, a file that is not on its machine, a sample that does
 not decode, a signal, is told to the others where all of them come by: `all_or_none`. Otherwise they would wait for it
-in the next collective. A rank that is killed closes its connections, which ends the others at once; `TIMEOUT` is for
-one that lives and does not come on, and has to leave time for a slow compilation or storage on one of them.
+in the next collective. A rank that is killed closes its connections, which ends the others at once; the time limit is
+for one that lives and does not come on, and has to leave time for a slow compilation or storage on one of them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -30,12 +31,16 @@ from loaders.errors import DataError
 
 T = TypeVar("T")
 
-TIMEOUT = datetime.timedelta(minutes=10)
-"""How long a rank waits for the others in a collective."""
+TIMEOUT_S = 600.0
+"""How long a rank waits for the others in a collective, unless the environment says otherwise."""
+TIMEOUT_VARIABLE = "FAST_ESSL_RANK_TIMEOUT_S"
+_ANSWER_S = 3.0
+"""How long the ranks whose wait is over look for each other: they waited for the same one."""
+_NUM_REASON_BYTES = 2000
 
 
 class EndedByAnotherRankError(Exception):
-    """A rank cannot go on and has said why; this one ends with it, quietly."""
+    """Another rank cannot go on; the message is one line with its reason."""
 
 
 class LostRankError(Exception):
@@ -66,25 +71,31 @@ def process_group() -> Iterator[None]:
         raise ConfigError(
             f"WORLD_SIZE = {os.environ['WORLD_SIZE']}, but {missing[0]} is not set: start ranks with torchrun"
         )
+    timeout = _timeout()
     on_cuda = torch.cuda.is_available()
     if on_cuda and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():  # if not, resolve_device tells
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store: Store | None = None
     try:
-        store, number, count = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+        store, number, count = next(iter(rendezvous("env://", timeout=timeout)))
+        store = PrefixStore(_agreed_name(store, number, count, timeout), store)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-            store=PrefixStore(_agreed_name(store, number, count), store),
+            store=store,
             rank=number,
             world_size=count,
-            timeout=TIMEOUT,
+            timeout=timeout,
         )
         yield
     except RuntimeError as error:  # the group is left as it is: with a rank gone, NCCL would wait for it
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
         reason = " ".join(str(error).split()).partition(". ")[0]
+        wait = f"did not answer within {timeout.total_seconds():g} s ({TIMEOUT_VARIABLE})"
+        if store is not None and "time" in reason.lower():
+            wait += _missing_ranks(store, number, count)
         raise LostRankError(
-            f"another rank ended, or did not answer ({reason}); the same command continues from the checkpoint"
+            f"another rank ended, or {wait}: {reason}; the same command continues from the checkpoint"
         ) from error
     except BaseException:
         if dist.is_initialized():
@@ -93,13 +104,44 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def _agreed_name(store: Store, number: int, count: int) -> str:
+def _timeout() -> datetime.timedelta:
+    """Errors: `ConfigError` where the environment holds no time."""
+    text = os.environ.get(TIMEOUT_VARIABLE, str(TIMEOUT_S))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 1e6:
+        raise ConfigError(f"{TIMEOUT_VARIABLE} = {text}: must be seconds, above 0 and at most a million")
+    return datetime.timedelta(seconds=seconds)
+
+
+def _missing_ranks(store: Store, number: int, count: int) -> str:
+    """Which ranks the others were waiting for; empty where the store does not answer, either."""
+    missing: list[int] = []
+
+    def look() -> None:
+        with contextlib.suppress(RuntimeError):
+            store.set(f"waiting/{number}", "")
+            deadline = time.monotonic() + _ANSWER_S
+            while time.monotonic() < deadline:
+                found = [other for other in range(count) if not store.check([f"waiting/{other}"])]
+                time.sleep(0.1)
+            missing.extend(found)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(2 * _ANSWER_S)
+    return f", no sign of rank {', '.join(map(str, missing))}" if missing else ""
+
+
+def _agreed_name(store: Store, number: int, count: int, timeout: datetime.timedelta) -> str:
     """A name that the ranks started now, and none before them, agree on.
 
     torchrun (2.13) keeps one store for all its restarts, and in it the addresses of ranks that are gone. Each rank
     says a new word, rank 0 publishes all words, and they hold when every rank has found its own among them.
     """
-    own, deadline = uuid.uuid4().hex, time.monotonic() + TIMEOUT.total_seconds()
+    own, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     said: set[str] = set()
     store.set(f"word/{number}", own)
     while time.monotonic() < deadline:
@@ -113,7 +155,7 @@ def _agreed_name(store: Store, number: int, count: int) -> str:
             if store.add(words, 0) == count:
                 return words
         time.sleep(0.05)
-    raise LostRankError(f"not all of the {count} ranks have come within {TIMEOUT}")
+    raise LostRankError(f"not all of the {count} ranks have come within {timeout}")
 
 
 def ranks_on_this_machine() -> int:
@@ -140,10 +182,24 @@ def all_or_none() -> Iterator[None]:
     except (ConfigError, DataError, OSError) as failure:
         error = failure
     first_failed = num_ranks() - max_over_ranks(0 if error is None else num_ranks() - rank())
-    if error is not None and rank() == first_failed:
-        raise error
     if first_failed < num_ranks():
-        raise EndedByAnotherRankError(f"rank {first_failed} cannot go on")
+        reason = _told_by(first_failed, error)
+        if error is not None and rank() == first_failed:
+            raise error
+        raise EndedByAnotherRankError(f"rank {first_failed} cannot go on: {reason}")
+
+
+def _told_by(number: int, error: Exception | None) -> str:
+    """The error of a rank as one line; all ranks come here."""
+    line = "" if error is None else " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None:
+        line = f"{error.filename}: {error.strerror}"
+    if num_ranks() == 1:
+        return line
+    own = line.encode()[:_NUM_REASON_BYTES].ljust(_NUM_REASON_BYTES)
+    told = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+    dist.broadcast(told, number)
+    return told.numpy().tobytes().decode(errors="replace").rstrip()
 
 
 def together(items: Iterator[T]) -> Iterator[T]:

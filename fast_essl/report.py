@@ -11,13 +11,15 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from fast_essl import run_folder
+from fast_essl import records, run_folder
 from fast_essl.charts import Level, Series, line_chart
+from fast_essl.checkpoint import load_file, weights_digest
 from fast_essl.config import Config, ConfigError
 from fast_essl.config_io import load_config
 from fast_essl.report_style import NUM_COLORS, STYLE
 from fast_essl.report_views import element_names, png, sample_views
 from fast_essl.transformations import config_transformations
+from loaders.errors import DataError
 
 REPORT = "report.html"
 ACCURACY_NAMES = {
@@ -27,6 +29,8 @@ ACCURACY_NAMES = {
     "probe_top5": "linear probe, top-5",
 }
 """What the table shows of evaluation.json's `accuracy`, and how it is called there."""
+_ENVIRONMENT_KINDS: dict[str, type] = {"date": str, "cpu": str, "num_cores": int, "gpus": list}
+"""What the page shows of environment.json."""
 _METHOD_NAMES = {"simclr": "SimCLR", "simsiam": "SimSiam", "barlow_twins": "Barlow Twins"}
 
 
@@ -77,21 +81,20 @@ def read_runs(run_dirs: Sequence[Path]) -> list[RunRecord]:
         labels.append(f"E-{name}" if method.equivariance_weight > 0 else name)
     runs = []
     for run_dir, label in zip(run_dirs, labels, strict=True):
-        lines = [json.loads(line) for line in (run_dir / run_folder.METRICS).read_text("utf-8").splitlines()]
+        lines = records.read_metrics(run_dir / run_folder.METRICS)
         steps = [line for line in lines if line["type"] == "step"]
         if not steps:
             raise ConfigError(f"{run_dir}: has logged no step yet; train it first with `fast-essl pretrain`")
-        evaluation = _read_json(run_dir / run_folder.EVALUATION)
         runs.append(
             RunRecord(
                 path=run_dir,
                 label=label if labels.count(label) == 1 else f"{label} ({run_dir.name})",
                 config=load_config(run_dir / run_folder.CONFIG),
                 config_toml=(run_dir / run_folder.CONFIG).read_text("utf-8"),
-                environment=_read_json(run_dir / run_folder.ENVIRONMENT),
+                environment=_read_environment(run_dir / run_folder.ENVIRONMENT),
                 steps=steps,
                 evals=[line for line in lines if line["type"] == "eval"],
-                accuracy=evaluation.get("accuracy", {}),
+                accuracy=_read_accuracy(run_dir),
             )
         )
     return runs
@@ -114,9 +117,8 @@ def write_report(
     runs = read_runs(folders)
     page = render(runs, random_accuracy=dict(random_accuracy or {}), num_samples=num_samples)
     destination = destination or folders[0] / REPORT
-    temporary = destination.with_name(f".{destination.name}.part")
-    temporary.write_text(page, encoding="utf-8")
-    return temporary.replace(destination)
+    records.write_text(destination, page)
+    return destination
 
 
 def render(runs: Sequence[RunRecord], *, random_accuracy: dict[str, float], num_samples: int) -> str:
@@ -332,5 +334,50 @@ def _dataset(config: Config) -> str:
     return config.data.train.stem.removesuffix("-train")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
+def _read_environment(path: Path) -> dict[str, Any]:
+    """What stands in environment.json; empty, with a remark, where it is damaged: it is no result."""
+    if not path.exists():
+        return {}
+    try:
+        environment = records.read_json(path, remedy="left out of the report")
+    except DataError as error:
+        records.remark(str(error))
+        return {}
+    wrong = [
+        name
+        for name, kind in _ENVIRONMENT_KINDS.items()
+        if not isinstance(environment.get(name, kind()), kind)
+    ]
+    if wrong:
+        records.remark(f"{path}: {wrong[0]} is {environment[wrong[0]]!r}; left out of the report")
+    return {name: value for name, value in environment.items() if name not in wrong}
+
+
+def _read_accuracy(run_dir: Path) -> dict[str, float]:
+    """What evaluation.json says; empty, with a remark, where it is damaged or not of the checkpoint."""
+    path = run_dir / run_folder.EVALUATION
+    again = "left out of the report; `fast-essl evaluate` makes it again"
+    if not path.exists():
+        return {}
+    try:
+        evaluation = records.read_json(path, remedy=again)
+        accuracy = evaluation.get("accuracy")
+        if not isinstance(accuracy, dict) or not all(map(records.is_number, accuracy.values())):
+            raise DataError(f"{path}: holds no accuracies; {again}")
+        _check_evaluation(evaluation, run_dir, f"{path}: {{}}; {again}")
+    except DataError as error:
+        records.remark(str(error))
+        return {}
+    return dict(accuracy)
+
+
+def _check_evaluation(evaluation: dict[str, Any], run_dir: Path, message: str) -> None:
+    """Errors: `DataError` for one that was changed, or is of other weights than the checkpoint's, if there is one."""
+    checkpoint = run_dir / run_folder.CHECKPOINT
+    if (checkpoint.exists() or records.CHECKSUM in evaluation) and not records.is_sealed(evaluation):
+        raise DataError(message.format("of version 0.1.0, or changed since it was written"))
+    if checkpoint.exists():
+        state = load_file(checkpoint, method=dict, step=int)
+        weights = weights_digest(state["method"], "backbone.")
+        if (evaluation["step"], evaluation["measured"]["weights"]) != (state["step"], weights):
+            raise DataError(message.format(f"not of the checkpoint, which is of step {state['step']}"))

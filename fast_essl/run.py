@@ -21,6 +21,7 @@ from fast_essl.config_io import config_to_table
 from fast_essl.distributed import max_over_ranks, mean_over_ranks, rank
 from fast_essl.errors import NonFiniteLossError
 from fast_essl.ranks import all_or_none
+from loaders.errors import DataError
 
 T = TypeVar("T")
 
@@ -87,9 +88,15 @@ class Run:
         num_metrics_bytes = 0
         if self._checkpoint.exists():
             state = load_checkpoint(self._checkpoint, config=config, dataset_digest=dataset_digest)
-            method.load_state_dict(state["method"])
-            optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
+            try:
+                method.load_state_dict(state["method"])
+                _load_optimizer(optimizer, state["optimizer"])
+                scaler.load_state_dict(state["scaler"])
+            except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+                raise DataError(
+                    f"{self._checkpoint}: its weights or the optimizer's state are not those of this configuration; "
+                    "remove it to start the run anew"
+                ) from None
             self.step = self._saved_step = state["step"]
             self.evaluated_step = state["evaluated_step"]
             self._elapsed_before_s = state["elapsed_s"]
@@ -186,18 +193,13 @@ class Run:
             )
         with all_or_none():
             if self._metrics is not None:
-                self._write_checkpoint(state, num_metrics_bytes=self._metrics.num_bytes(), finished=finished)
+                num_metrics_bytes = self._metrics.saved_num_bytes()
+                self._write_checkpoint(state, num_metrics_bytes=num_metrics_bytes, finished=finished)
         self._saved_step = self.step
 
     def _write_checkpoint(self, state: dict[str, Tensor], *, num_metrics_bytes: int, finished: bool) -> None:
-        if finished:
-            backbone = {
-                "format_version": FORMAT_VERSION,
-                "model": config_to_table(self._config)["model"],
-                "step": self.step,
-                "backbone": self._backbone.state_dict(),
-            }
-            save_file(self._run_dir / run_folder.BACKBONE, backbone)
+        if finished:  # the backbone first, since a run with a last checkpoint has nothing left to do
+            self._write_backbone()
         save_checkpoint(
             self._checkpoint,
             config=self._config,
@@ -210,10 +212,28 @@ class Run:
             optimizer=self._optimizer.state_dict(),
             scaler=self._scaler.state_dict(),
         )
+        if not finished:  # one of before the run was extended
+            (self._run_dir / run_folder.BACKBONE).unlink(missing_ok=True)
+
+    def write_missing_backbone(self) -> None:
+        """Write the backbone of a finished run where someone removed it. Errors: as `save`."""
+        with all_or_none():
+            if rank() == 0 and not (self._run_dir / run_folder.BACKBONE).exists():
+                self._write_backbone()
+
+    def _write_backbone(self) -> None:
+        backbone = {
+            "format_version": FORMAT_VERSION,
+            "model": config_to_table(self._config)["model"],
+            "step": self.step,
+            "backbone": self._backbone.state_dict(),
+        }
+        save_file(self._run_dir / run_folder.BACKBONE, backbone)
 
     def _write(self, **line: Any) -> None:
-        if self._metrics is not None:
-            self._metrics.write(**line)
+        with all_or_none():
+            if self._metrics is not None:
+                self._metrics.write(**line)
 
     def elapsed_s(self) -> float:
         """Seconds of all calls so far."""
@@ -236,6 +256,24 @@ class Run:
         else:
             good = "there is no checkpoint yet"
         return f"{good}; try a smaller optimizer.base_learning_rate in a new --run-dir"
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """As `load_state_dict`, which itself takes groups without a rate and momentum of another shape.
+
+    Errors: `ValueError`, and others of wrong types.
+    """
+    fields = [group.keys() for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    if any(wanted - group.keys() for wanted, group in zip(fields, optimizer.param_groups, strict=True)):
+        raise ValueError
+    for parameter, values in optimizer.state.items():
+        for value in values.values():
+            fits = value is None or isinstance(value, int | float)
+            if isinstance(value, Tensor):
+                fits = value.ndim == 0 or value.shape == parameter.shape
+            if not fits:
+                raise ValueError
 
 
 class StopSignals:

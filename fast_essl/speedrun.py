@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import hashlib
 import math
 import os
 import shlex
@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 
-from fast_essl import run_folder
-from fast_essl.checkpoint import load_checkpoint
+from fast_essl import records, run_folder
+from fast_essl.checkpoint import load_checkpoint, load_file
 from fast_essl.config import Config, ConfigError
 from fast_essl.config_io import config_to_table, flatten, load_config
 from fast_essl.conversion import convert_where_needed
@@ -48,6 +48,8 @@ from loaders.manifest import Manifest
 
 STARTS = "speedrun.json"
 """In a run's folder: what each start of it took, and the goal that it has ended for."""
+_SHOWN_OF_ENVIRONMENT = ("date", "commit", "cpu", "gpus")
+_BEGIN_ANEW = "remove the run's folder to begin anew"
 NUM_WARM_UP_STEPS = 3
 """CUDA graphs are recorded by the second or third call."""
 
@@ -99,7 +101,7 @@ def run_speedrun(
         runs.append(_make_run(seeded, out / f"seed{seed}", say, show_progress))
     first = out / f"seed{config.train.seed}"
     record = {
-        **json.loads((first / run_folder.ENVIRONMENT).read_text(encoding="utf-8")),
+        **_environment(first),
         "command": command or shlex.join(["fast-essl", *sys.argv[1:]]),
         "kind": "speedrun",
         "name": name,
@@ -112,7 +114,7 @@ def run_speedrun(
         "runs": runs,
     }
     path = record_dir / f"{record['date'][:10]}-{name}.json"
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    records.write_json(path, record, indent=1)
     write_leaderboard(record_dir)
     return record, path
 
@@ -183,9 +185,10 @@ def _make_run(
         say(f"{run_dir}: seed {config.train.seed}")
         _train(config, run_dir, history, say, show_progress)
         history["ended_for"] = _goal_table(config)
+        history["metrics_sha256"] = _metrics_digest(run_dir)
         _write_history(run_dir, history)
-    environment = json.loads((run_dir / run_folder.ENVIRONMENT).read_text(encoding="utf-8"))
-    told = {name: environment[name] for name in ("date", "commit", "cpu", "gpus")}
+    environment = _environment(run_dir)
+    told = {name: environment[name] for name in _SHOWN_OF_ENVIRONMENT}
     return {**_outcome(config, run_dir, history), **told, "metrics": _metrics(run_dir)}
 
 
@@ -276,6 +279,8 @@ def _outcome(config: Config, run_dir: Path, history: dict[str, Any]) -> dict[str
     """What a run's log says: time and accuracy at the evaluation that reached the target, or at the last one."""
     target = config.speedrun.target
     evaluations = _evaluations(run_dir)
+    if not evaluations or not history["starts"]:
+        raise DataError(f"{run_dir}: its log or {STARTS} has lost lines; {_BEGIN_ANEW}")
     hit = _first_hit(evaluations, target)
     end = hit or evaluations[-1]
     seen = [line for line in evaluations if line["step"] <= end["step"]]
@@ -300,10 +305,18 @@ def _outcome(config: Config, run_dir: Path, history: dict[str, Any]) -> dict[str
 def _has_ended(config: Config, run_dir: Path, history: dict[str, Any]) -> bool:
     """Whether a run has reached the target on its way, or has ended for the same goal."""
     if history.get("ended_for") == _goal_table(config):
+        # Version 0.1.0 noted no digest.
+        if history.get("metrics_sha256", _metrics_digest(run_dir)) != _metrics_digest(run_dir):
+            raise ConfigError(
+                f"{run_dir / run_folder.METRICS}: not that of the run's end any more; it has gone on for another goal, "
+                "or was changed; choose another --out"
+            )
         return True
-    # The log may be ahead of the checkpoint that a killed run goes on from; what is finished has a backbone.
-    finished = (run_dir / run_folder.BACKBONE).exists()
-    return finished and _first_hit(_evaluations(run_dir), config.speedrun.target) is not None
+    hit = _first_hit(_evaluations(run_dir), config.speedrun.target)
+    if hit is None or not (run_dir / run_folder.CHECKPOINT).exists():
+        return False
+    # The log may be ahead of the checkpoint that a killed run goes on from.
+    return bool(load_file(run_dir / run_folder.CHECKPOINT, step=int)["step"] >= hit["step"])
 
 
 def _goal_table(config: Config) -> dict[str, Any]:
@@ -320,33 +333,56 @@ def _first_hit(evaluations: Sequence[dict[str, Any]], target: float) -> dict[str
     return next((line for line in evaluations if target and line["knn_top1"] >= target), None)
 
 
+def _environment(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / run_folder.ENVIRONMENT
+    environment = records.read_json(path, remedy=_BEGIN_ANEW)
+    missing = [name for name in _SHOWN_OF_ENVIRONMENT if name not in environment]
+    if missing:
+        raise DataError(f"{path}: {missing[0]} is missing; {_BEGIN_ANEW}")
+    return environment
+
+
 def _metrics(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / run_folder.METRICS
-    return (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    )
+    return records.read_metrics(path) if path.exists() else []
 
 
 def _evaluations(run_dir: Path) -> list[dict[str, Any]]:
-    return [line for line in _metrics(run_dir) if line["type"] == "eval"]
+    lines = [line for line in _metrics(run_dir) if line["type"] == "eval"]
+    for line in lines:
+        for name in ("knn_top1", "evaluation_s"):
+            if line.get(name) is None:
+                path = run_dir / run_folder.METRICS
+                raise DataError(f"{path}: {name} is missing at step {line['step']}; {_BEGIN_ANEW}")
+    return lines
+
+
+def _metrics_digest(run_dir: Path) -> str:
+    return hashlib.sha256(records.read_bytes(run_dir / run_folder.METRICS)).hexdigest()
 
 
 def _read_history(run_dir: Path) -> dict[str, Any]:
     path = run_dir / STARTS
     if path.exists():
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise DataError(f"{path}: damaged ({error}); remove the run's folder to begin anew") from None
+        history = records.read_json(path, remedy=_BEGIN_ANEW)
+        starts = history.get("starts")
+        if not isinstance(starts, list) or not all(map(_is_start, starts)):
+            raise DataError(f"{path}: damaged (its starts); {_BEGIN_ANEW}")
+        return history
     if (run_dir / run_folder.CHECKPOINT).exists():
         raise ConfigError(f"{run_dir}: a run that was not begun by a speed-run; choose another --out")
     return {"starts": []}
 
 
+def _is_start(start: Any) -> bool:
+    if not isinstance(start, dict):
+        return False
+    accuracy = start.get("initial_knn_top1", "")
+    return records.is_number(start.get("preparation_s")) and (accuracy is None or records.is_number(accuracy))
+
+
 def _write_history(run_dir: Path, history: dict[str, Any]) -> None:
-    part = (run_dir / STARTS).with_suffix(".part")
-    part.write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
-    part.replace(run_dir / STARTS)
+    records.write_json(run_dir / STARTS, history, indent=1)
 
 
 def _convert(config: Config, say: Callable[[str], None]) -> float | None:

@@ -19,7 +19,6 @@ A study that was stopped goes on where it was; what is finished is reused.
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import statistics
@@ -28,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fast_essl import run_folder
+from fast_essl import records
 from fast_essl.config import Config, ConfigError
 from fast_essl.config_io import (
     apply_overrides,
@@ -38,7 +37,7 @@ from fast_essl.config_io import (
     read_table,
     read_toml,
 )
-from fast_essl.evaluate_run import evaluate_run, random_accuracy
+from fast_essl.evaluate_run import run_accuracy
 from fast_essl.pretrain import pretrain
 from fast_essl.transformations import config_transformations
 
@@ -170,10 +169,10 @@ def run_study(
             run_dirs.append(str(run_dir))
         results.append({"row": cell.row, "column": cell.column, "runs": run_dirs, **_spreads(accuracies)})
         if len(results) == 1:
-            random = [random_accuracy(Path(run_dir)) for run_dir in run_dirs]
+            random = [run_accuracy(Path(run_dir), random_init=True) for run_dir in run_dirs]
             results.insert(0, {"row": RANDOM, "column": cell.column, "runs": run_dirs, **_spreads(random)})
     result = {"title": study.title, "seeds": list(study.seeds), "cells": results}
-    (out / RESULTS).write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    records.write_json(out / RESULTS, result)
     say(f"\n{table(result)}")
     return result
 
@@ -205,10 +204,7 @@ def _train_and_evaluate(config: Config, run_dir: Path, show_progress: bool) -> d
     summary = pretrain(config, run_dir, show_progress=show_progress)
     if summary.signal_number is not None:
         signal.raise_signal(summary.signal_number)
-    evaluation = run_dir / run_folder.EVALUATION
-    if summary.status != "already finished" or not evaluation.exists():
-        evaluate_run(run_dir)
-    return dict(json.loads(evaluation.read_text("utf-8"))["accuracy"])
+    return run_accuracy(run_dir)
 
 
 def _spreads(accuracies: list[dict[str, float]]) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fast_essl import records
 from fast_essl.bench import loading, step
 from fast_essl.bench.chart import write_chart
 from fast_essl.bench.doubts import MachineUse, Watch, busy, contradictions, varying
@@ -371,6 +371,4 @@ def _conclude(
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
     """Write a JSON file, whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    records.write_json(path, results)

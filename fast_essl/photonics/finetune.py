@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -14,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from fast_essl import run_folder
-from fast_essl.checkpoint import FORMAT_VERSION, load_file, save_file
+from fast_essl import records, run_folder
+from fast_essl.checkpoint import FORMAT_VERSION, load_file, save_file, weights_digest
 from fast_essl.config import ConfigError
 from fast_essl.config_io import load_settings
 from fast_essl.errors import NonFiniteLossError
@@ -70,14 +69,15 @@ def finetune(
             f"finetune.num_labels = {settings.num_labels}: must be at most the {len(train)} labelled cells of train "
             f"in {config.data.file}"
         )
-    backbone = build_cell_net(config.model, seed)
-    step = _load(backbone, run_dir, file) if pretrained else 0
+    backbone, step = starting_backbone(config, run_dir, pretrained=pretrained)
+    measured = weights_and_cells(backbone, file)
     network = build_dos_net(backbone, config.model, seed).to(device)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     chosen = epoch_order(len(train), seed=seed, epoch=_SUBSET_EPOCH)[: settings.num_labels]
     num_steps, loss = _fit(network, config, train, chosen, device, dtype, show_progress)
     result: dict[str, Any] = {
         "step": step,
+        "measured": measured,
         "seed": seed,
         "protocol": asdict(settings),
         "num_steps": num_steps,
@@ -94,9 +94,8 @@ def finetune(
     run_dir.mkdir(parents=True, exist_ok=True)
     weights = {"format_version": FORMAT_VERSION, "network": network.state_dict()}
     save_file(run_dir / f"finetune-{settings.num_labels}.pt", weights)
-    result_path(run_dir, settings.num_labels).write_text(
-        json.dumps(result, indent=2) + "\n", encoding="utf-8"
-    )
+    result = records.sealed(result)
+    records.write_json(result_path(run_dir, settings.num_labels), result)
     return result
 
 
@@ -108,7 +107,11 @@ def result_path(run_dir: Path, num_labels: int) -> Path:
 def load_network(config: PhotonicsConfig, run_dir: Path, num_labels: int) -> DosNet:
     """The network that `finetune` left, on the CPU. Errors: as `load_file`."""
     network = build_dos_net(build_cell_net(config.model, 0), config.model, 0)
-    network.load_state_dict(load_file(run_dir / f"finetune-{num_labels}.pt")["network"])
+    path = run_dir / f"finetune-{num_labels}.pt"
+    try:
+        network.load_state_dict(load_file(path, network=dict)["network"])
+    except RuntimeError:
+        raise ConfigError(f"{path}: not the network of the section [model]") from None
     return network.eval()
 
 
@@ -146,17 +149,28 @@ def _error(network: DosNet, split: Split, device: torch.device) -> float:
     return float(dos_error(predict(network, split.permittivity, device), target(split)))
 
 
-def _load(backbone: CellNet, run_dir: Path, file: CellFile) -> int:
-    """The run's weights into the backbone; returns the step. Errors: `DataError`, `ConfigError`."""
+def starting_backbone(config: PhotonicsConfig, run_dir: Path, *, pretrained: bool) -> tuple[CellNet, int]:
+    """What is fine-tuned, on the CPU: a run's backbone or one as initialised, and the step of it.
+
+    Errors: `ConfigError`; `DataError`, as `load_file`.
+    """
+    backbone = build_cell_net(config.model, config.train.seed)
+    if not pretrained:
+        return backbone, 0
     path = run_dir / run_folder.BACKBONE
     if not path.exists():
         raise ConfigError(f"{run_dir}: has no {run_folder.BACKBONE}; finish its pretraining first")
-    state = load_file(path)
+    state = load_file(path, backbone=dict, step=int)
     try:
         backbone.load_state_dict(state["backbone"])
-    except (KeyError, RuntimeError):
+    except RuntimeError:
         raise ConfigError(f"{path}: not the backbone of the section [model]") from None
-    return int(state["step"])
+    return backbone, int(state["step"])
+
+
+def weights_and_cells(backbone: CellNet, file: CellFile) -> dict[str, str]:
+    """The digests of what a result depends on."""
+    return {"weights": weights_digest(backbone.state_dict()), "cells": file.digest}
 
 
 def _fit(

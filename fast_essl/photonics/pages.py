@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fast_essl import records
 from fast_essl.charts import Series, line_chart
 from fast_essl.losses import dos_error
 from fast_essl.photonics.config import ROWS, PhotonicsConfig
@@ -48,7 +48,7 @@ _STYLE = """
 def write_pages(config: PhotonicsConfig, out: Path) -> list[Path]:
     """Write both pages of a study into its folder. Errors: as `read_cells`; `OSError` without study.json."""
     file = read_cells(config.data.file)
-    result = json.loads((out / RESULTS).read_text("utf-8"))
+    result = records.read_json(out / RESULTS, remedy="`fast-essl photonics study` makes it again")
     study = _document("Photonic crystals: the study", _study_sections(config, file, result, out))
     return [write_cells_page(file, out / CELLS_PAGE), _write(out / STUDY_PAGE, study)]
 
@@ -237,6 +237,5 @@ def _document(title: str, body: str) -> str:
 
 
 def _write(path: Path, page: str) -> Path:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(page, encoding="utf-8")
-    return temporary.replace(path)
+    records.write_text(path, page)
+    return path

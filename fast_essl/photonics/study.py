@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import multiprocessing
 import signal
 import statistics
@@ -21,14 +20,23 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, get_args
 
+from fast_essl import records
 from fast_essl.evaluate_run import resolve_device
 from fast_essl.losses import dos_error
 from fast_essl.photonics.config import ROWS, PhotonicsConfig, Row, of_row
-from fast_essl.photonics.finetune import empty_lattice, finetune, labelled, result_path, target
+from fast_essl.photonics.finetune import (
+    empty_lattice,
+    finetune,
+    labelled,
+    result_path,
+    starting_backbone,
+    target,
+    weights_and_cells,
+)
 from fast_essl.photonics.generate import generate
 from fast_essl.photonics.model import build_cell_method
 from fast_essl.photonics.pretrain import pretrain_cells
-from fast_essl.photonics.store import CellFile
+from fast_essl.photonics.store import CellFile, read_cells
 from loaders.errors import DataError
 from loaders.machine import num_cores
 
@@ -82,7 +90,7 @@ def run_study(
             for num_labels in sorted(config.study.num_labels)
         ],
     }
-    (out / RESULTS).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    records.write_json(out / RESULTS, result)
     say(f"\n{table(result)}")
     return result
 
@@ -92,25 +100,35 @@ def run_chain(config: PhotonicsConfig, row: Row, run_dir: Path, show_progress: b
 
     Errors: as `pretrain_cells` and `finetune`; a SIGINT or SIGTERM that stopped the run is raised again.
     """
-    step = 0
     if row != "none":
         summary = pretrain_cells(config, run_dir, show_progress=show_progress)
         if summary.signal_number is not None:
             signal.raise_signal(summary.signal_number)
-        step = summary.step
+    backbone, step = starting_backbone(config, run_dir, pretrained=row != "none")
+    measured = weights_and_cells(backbone, read_cells(config.data.file))
     for num_labels in sorted(config.study.num_labels):
         settings = dataclasses.replace(config.finetune, num_labels=num_labels)
-        path = result_path(run_dir, num_labels)
-        if path.exists():
-            there = json.loads(path.read_text("utf-8"))
-            if (there["step"], there["protocol"]) == (step, dataclasses.asdict(settings)):
-                continue
+        wanted = {"step": step, "measured": measured, "protocol": dataclasses.asdict(settings)}
+        if _is_there(result_path(run_dir, num_labels), wanted):
+            continue
         finetune(
             dataclasses.replace(config, finetune=settings),
             run_dir,
             pretrained=row != "none",
             show_progress=show_progress,
         )
+
+
+def _is_there(path: Path, wanted: dict[str, Any]) -> bool:
+    """Whether a result was measured of this; a damaged one is measured again."""
+    if not path.exists():
+        return False
+    try:
+        result = records.read_json(path, remedy="measured again")
+    except DataError as error:
+        records.remark(str(error))
+        return False
+    return records.is_sealed(result) and wanted == {name: result.get(name) for name in wanted}
 
 
 def empty_lattice_error(file: CellFile, path: Path) -> float:
@@ -213,9 +231,8 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 def _spreads(row_dir: Path, num_labels: int, seeds: tuple[int, ...]) -> dict[str, Any]:
-    results = [
-        json.loads(result_path(row_dir / f"seed{seed}", num_labels).read_text("utf-8")) for seed in seeds
-    ]
+    paths = [result_path(row_dir / f"seed{seed}", num_labels) for seed in seeds]
+    results = [records.read_json(path, remedy="the same command makes it again") for path in paths]
     spreads: dict[str, Any] = {}
     for metric in METRICS:
         values = [result[metric] for result in results]

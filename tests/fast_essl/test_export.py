@@ -10,13 +10,14 @@ import safetensors
 import safetensors.torch
 import torch
 
-from fast_essl import __version__, export
+from fast_essl import __version__
+from fast_essl.checkpoint import weights_digest
 from fast_essl.cli import main
 from fast_essl.config import ConfigError
 from fast_essl.config_io import load_config
 from fast_essl.evaluate_run import load_run
 from fast_essl.export import export_backbone
-from fast_essl.interchange import read_backbone, weights_digest
+from fast_essl.interchange import read_backbone
 from fast_essl.pretrain import pretrain
 from fast_essl.resnet import build_backbone
 from loaders.errors import DataError
@@ -190,7 +191,7 @@ def test_an_interrupted_export_leaves_the_file_of_before(run_dir, tmp_path, monk
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         export_backbone(run_dir, out, overwrite=True)
     assert out.read_text() == "before" and os.listdir(tmp_path) == [out.name]

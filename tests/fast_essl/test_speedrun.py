@@ -222,7 +222,7 @@ def test_missing_data_are_converted_and_timed_apart(tiny_config: Path, tmp_path:
         ("--record-dir taken", "taken: the record cannot be written (File exists)"),
         ("--record-dir taken/below", "the record cannot be written (Not a directory)"),
         ("--record-dir full", "full/LEADERBOARD.md: the record cannot be written (Is a directory)"),
-        ("--record-dir damaged", "damaged/some.json: not a record"),
+        ("--record-dir damaged", "damaged/some.json: damaged, or not JSON"),
         ("--data.test nowhere.beton", "nowhere.beton: no such file"),
     ],
 )
@@ -322,7 +322,7 @@ def test_the_leaderboard_is_sorted_and_holds_speed_runs_alone(tmp_path: Path) ->
     )
     assert "| 0123456789-dirty | [2-quick](2-quick.json) |" in rows[2]
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(DataError, match=r"broken\.json: not a record"):
+    with pytest.raises(DataError, match=r"broken\.json: damaged, or not JSON"):
         write_leaderboard(tmp_path)
 
 
