@@ -55,6 +55,8 @@ CHECKPOINT_KINDS: dict[str, type | tuple[type, ...]] = {
 """What a checkpoint holds beside its format's version."""
 DIGEST_MARK = b"fast_essl sha256 "
 """What the zip archive's comment begins with; the SHA-256 of all bytes before it follows, in hexadecimal."""
+FOLDER_ATTRIBUTE = 0x10
+"""Of a part of a zip archive, in its directory."""
 _NUM_DIGITS = 64
 _END_OF_ZIP, _NUM_END_BYTES = b"PK\x05\x06", 22
 
@@ -95,7 +97,9 @@ def decode(content: bytes) -> Any:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             damaged_part = archive.testzip()  # torch.load does not look at the checksums
             # Torch takes a part that is marked as a folder for empty, and leaves the tensor's memory as it is.
-            marked = any(part.external_attr or part.is_dir() for part in archive.infolist())
+            marked = any(
+                part.external_attr & FOLDER_ATTRIBUTE or part.is_dir() for part in archive.infolist()
+            )
         if damaged_part is not None or marked:
             raise zipfile.BadZipFile(damaged_part)
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
