@@ -256,7 +256,21 @@ def test_wrong_fine_tuning_is_one_line_and_code_2(overrides, message, run_dir, c
 def test_a_fit_that_diverged_is_no_accuracy(run_dir, capsys):
     (run_dir / "finetune-0.25.json").unlink(missing_ok=True)
     words = ["finetune", str(run_dir), *FINETUNE, "--finetune.label-share", "0.25"]
-    assert main([*words, "--finetune.base-learning-rate-backbone", "1e30", "--finetune.epochs", "5"]) == 1
+    # Each step multiplies the weights by thousands.
+    assert (
+        main(
+            [
+                *words,
+                "--finetune.base-learning-rate-backbone",
+                "1e4",
+                "--finetune.weight-decay",
+                "1e3",
+                "--finetune.epochs",
+                "20",
+            ]
+        )
+        == 1
+    )
     out, err = capsys.readouterr()
     assert err.rstrip().endswith("not finite; lower the learning rate") and "top-1" not in out
     assert not (run_dir / "finetune-0.25.json").exists()
