@@ -157,7 +157,7 @@ def _commit() -> str | None:
     git = ["git", "--no-optional-locks", "-C", str(root)]
     commit = _answer([*git, "rev-parse", "--verify", "HEAD"])
     changed = _answer([*git, "status", "--porcelain", "--untracked-files=no"])
-    return f"{commit}-dirty" if commit and changed else commit or None
+    return f"{commit}-dirty" if commit and changed != "" else commit
 
 
 def _answer(command: list[str]) -> str | None:

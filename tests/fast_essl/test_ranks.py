@@ -332,6 +332,8 @@ def test_what_fails_on_one_rank_ends_all_and_one_says_why(folder, count, kind, f
     name, text = raised.pop(failing)
     assert name == error and message.format(count=count, parts=4 * count) in text
     assert {name for name, _ in raised} == {"EndedByAnotherRankError"}
+    reason = message.format(count=count, parts=4 * count)
+    assert all(f"rank {failing % count} cannot go on: " in text and reason in text for _, text in raised)
     assert not (folder / str(count) / kind / run_folder.CHECKPOINT).exists()
 
 

@@ -14,6 +14,8 @@ from fast_essl.charts import Level, Series, line_chart, nice_ticks
 from fast_essl.cli import main
 from fast_essl.config import ConfigError
 from fast_essl.config_io import config_to_toml, load_config
+from fast_essl.evaluate_run import evaluate_run
+from fast_essl.pretrain import pretrain
 from fast_essl.report import read_runs, sample_views, write_report
 
 VOID = {"meta", "img", "line", "circle", "polyline"}
@@ -123,6 +125,71 @@ def test_figures_of_a_run(tmp_path: Path, tiny_config: Path) -> None:
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(ConfigError, match="logged no step"):
         read_runs([run])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "line 1: damaged"),
+        (b"[]\n", "line 1: not a line of metrics"),
+        (b'{"type": "step", "step": 1, "epoch": 0, "elapsed_s": 1}\n', "is None, not a number"),
+        (b"\xff\n", "line 1: damaged"),
+    ],
+)
+def test_damaged_metrics_are_one_line(
+    tmp_path: Path, tiny_config: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
+) -> None:
+    run = make_run(tmp_path / "a", tiny_config, weight=0.4)
+    (run / "metrics.jsonl").write_bytes(content.rstrip(b"\n") + b"\n")
+    assert main(["report", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"fast-essl: error: {run}/metrics.jsonl") and error.count("\n") == 1
+    assert message in error
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"date": 3, "gpus": 1, "cpu": null, "num_cores": []}'])
+def test_a_damaged_environment_is_left_out_with_a_remark(
+    tmp_path: Path, tiny_config: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    run = make_run(tmp_path / "a", tiny_config, weight=0.4)
+    (run / "environment.json").write_text(content)
+    assert main(["report", str(run)]) == 0
+    error = capsys.readouterr().err
+    assert f"{run}/environment.json: " in error and "left out of the report" in error
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "{}", '{"accuracy": {"knn_top1": "high"}}', '{"accuracy": [1]}']
+)
+def test_a_damaged_evaluation_is_left_out_with_a_remark(
+    tmp_path: Path, tiny_config: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    run = make_run(tmp_path / "a", tiny_config, weight=0.4)
+    (run / "evaluation.json").write_text(content)
+    assert main(["report", str(run)]) == 0
+    assert "not evaluated yet" in (run / "report.html").read_text()
+    assert f"{run}/evaluation.json: " in capsys.readouterr().err
+
+
+def test_only_an_evaluation_of_the_checkpoint_is_shown(
+    tmp_path: Path, tiny_config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    for max_steps, evaluate in ((1, True), (2, False)):
+        pretrain(load_config(tiny_config, ["--train.max-steps", str(max_steps)]), run, show_progress=False)
+        if evaluate:
+            knn = evaluate_run(run)["accuracy"]["knn_top1"]
+            assert f"features tell {knn:.1%}" in write_report(run).read_text()
+            assert capsys.readouterr().err == ""
+    assert "not evaluated yet" in write_report(run).read_text()
+    assert "evaluation.json: not of the checkpoint, which is of step 2" in capsys.readouterr().err
+    evaluate_run(run)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert "not evaluated yet" not in write_report(run).read_text()
+    evaluation["accuracy"]["knn_top1"] = 0.99
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    assert "not evaluated yet" in write_report(run).read_text()
+    assert "changed since it was written" in capsys.readouterr().err
 
 
 def test_sample_views_are_the_runs_own(tiny_config: Path) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from fast_essl.config import ConfigError
+from fast_essl.config_io import load_config
+from fast_essl.evaluate_run import evaluate_run
+from fast_essl.pretrain import pretrain
 from fast_essl.study import load_study, run_study, study_cells, table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,6 +94,78 @@ def test_a_study_runs_once_and_prints_what_its_runs_reached(study, tmp_path):
     assert len(times) == 10
     assert run_study(study, tmp_path / "out", say=said.append, show_progress=False) == result
     assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_config, tmp_path_factory):
+    """A study of one run of one step, and what it reached."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "study.toml").write_text(
+        f'title = "One"\nrows = ["jigsaw"]\n[columns.sensitive]\nconfig = "{tiny_config}"\n'
+        'transformation = { equivariance = "{row}" }\n[common.train]\nmax_steps = 1\nknn_every = 0\n'
+    )
+    return folder, run_study(folder / "study.toml", folder / "out", show_progress=False)
+
+
+@pytest.fixture
+def study_of_one(finished, tmp_path):
+    folder, result = finished
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    return tmp_path, [cell["knn_top1"]["values"] for cell in result["cells"]]
+
+
+def values_again(folder, *overrides):
+    result = run_study(folder / "study.toml", folder / "out", overrides=list(overrides), show_progress=False)
+    return [cell["knn_top1"]["values"] for cell in result["cells"]]
+
+
+def boast(text):
+    """A result with an accuracy that nobody measured."""
+    result = json.loads(text)
+    result["accuracy"]["knn_top1"] = 0.99
+    return json.dumps(result)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: "",
+        lambda text: text[: len(text) // 2],
+        lambda text: "[1]",
+        boast,
+        lambda text: '{"step": 1, "accuracy": {"knn_top1": 0.99, "probe_top1": 0.99}}',
+    ],
+)
+def test_an_evaluation_that_nobody_measured_is_measured_again(study_of_one, change):
+    folder, values = study_of_one
+    run_dir = folder / "out" / "jigsaw-sensitive" / "seed0"
+    for name in ("evaluation.json", "evaluation-random.json"):
+        (run_dir / name).write_text(change((run_dir / name).read_text()))
+    assert values_again(folder) == values
+    assert values_again(folder) == values
+
+
+def test_an_evaluation_of_another_step_or_other_images_is_not_reused(study_of_one, tiny_config):
+    """As of a study that was extended and killed between the last checkpoint and its evaluation."""
+    folder, _ = study_of_one
+    run_dir = folder / "out" / "jigsaw-sensitive" / "seed0"
+    evaluation = run_dir / "evaluation.json"
+    config = load_config(run_dir / "config.toml", ["--train.max-steps", "3"])
+    pretrain(config, run_dir, show_progress=False)
+    assert json.loads(evaluation.read_text())["step"] == 1
+    values_again(folder, "--train.max-steps", "3")
+    of_last_step = json.loads(evaluation.read_text())
+    assert of_last_step["step"] == 3
+    evaluate_run(run_dir, overrides=["--data.test", str(tiny_config.parent / "train.beton")])
+    assert json.loads(evaluation.read_text())["num_test"] == 34
+    values_again(folder, "--train.max-steps", "3")
+    assert json.loads(evaluation.read_text()) == of_last_step
+
+
+def test_an_evaluation_that_is_there_is_not_made_again(study_of_one, monkeypatch):
+    folder, values = study_of_one
+    monkeypatch.setattr("fast_essl.evaluate_run.evaluate_backbone", None)
+    assert values_again(folder) == values
 
 
 def test_the_table_leaves_out_what_was_not_run():

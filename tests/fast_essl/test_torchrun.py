@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from fast_essl import run_folder
 from fast_essl.checkpoint import load_file
 from fast_essl.config_io import load_config
 from fast_essl.pretrain import pretrain
+from fast_essl.ranks import TIMEOUT_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS = 80
@@ -26,7 +28,7 @@ OPTIONS = (
 )
 
 
-def start(config, run_dir, *options, restarts=0):
+def start(config, run_dir, *options, restarts=0, timeout_s=600):
     """Two ranks, in a session of their own."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "--max-restarts", str(restarts), "-m", "fast_essl", "pretrain", str(config)]
@@ -37,6 +39,7 @@ def start(config, run_dir, *options, restarts=0):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        env={**os.environ, TIMEOUT_VARIABLE: str(timeout_s)},
     )
 
 
@@ -104,3 +107,36 @@ def test_a_wrong_value_is_one_line_and_code_2(tiny_config, tmp_path):
     assert "train.batch_size = 9: must be a multiple of 2" in output
     assert output.count("exitcode  : 2") == 2, output
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_ends_all_ranks_with_its_line_and_the_checkpoint_of_before(tiny_config, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(tiny_config, run_dir, "--train.max-steps", "2")
+    # Inherited by the ranks, which it starts seconds later.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    output, _ = process.communicate(timeout=120)
+    reason = f"{run_dir}/backbone.pt: File too large; not written"
+    assert output.count("fast-essl: error: ") == output.count("fast-essl: error: rank 0 on ") == 1, output
+    assert output.count(reason) == 2 and "rank 0 cannot go on: " + reason in output, output
+    assert output.count("exitcode  : 2") == 2, output
+    assert sorted(os.listdir(run_dir)) == [".lock", "config.toml", "environment.json", "metrics.jsonl"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_is_named_when_the_time_is_over(tiny_config, tmp_path):
+    process = start(tiny_config, tmp_path / "run", "--train.epochs", "2000", timeout_s=10)
+    wait_for(process, tmp_path / "run", 2)
+    stopped = pid_of_rank(process, 1)
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        output = ""
+        while "fast-essl: error: " not in output:
+            line = process.stdout.readline()
+            assert line, output
+            output += line
+    finally:
+        os.kill(stopped, signal.SIGKILL)  # torchrun would do so after 30 s
+        process.communicate(timeout=60)
+    (line,) = [line for line in output.splitlines() if line.startswith("fast-essl: error: ")]
+    assert "rank 0 on " in line and "did not answer within 10 s" in line and "no sign of rank 1" in line
+    assert process.returncode != 0
