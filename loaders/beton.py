@@ -1,17 +1,20 @@
 """The .beton file, version 2: one image and one label a sample, readable by stock FFCV 1.0.
 
-    header, two field descriptors | metadata, 24 B a sample | slack | image bytes | allocations, 24 B a sample
+    header, two field descriptors | metadata, 24 B a sample | checksums, 8 B a sample | slack | image bytes |
+    allocations, 24 B a sample
 
-The image bytes of a sample never straddle a page, because FFCV's process cache reads whole pages and hands
-out slices of one. The allocation table stands last, since FFCV reads it to the end of the file. Everything is
-little-endian. Layout facts: ffcv 1.0.2, `types.py`, `memory_allocator.py`, `reader.py`.
+The checksums (`loaders.checksum`, of the stored bytes of each sample) stand where FFCV reads nothing. Files of 0.1.0
+have none; the manifest says which it is. The image bytes of a sample never straddle a page, because FFCV's process
+cache reads whole pages and hands out slices of one. The allocation table stands last, since FFCV reads it to the end of
+the file. Everything is little-endian. Layout facts: ffcv 1.0.2, `types.py`, `memory_allocator.py`, `reader.py`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,7 +22,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from loaders.checksum import checksum
 from loaders.errors import DataError
+from loaders.held_file import HeldFile
 
 IMAGE_JPEG: Final = 0
 IMAGE_RAW: Final = 1
@@ -49,6 +54,7 @@ METADATA: Final = np.dtype(
         "itemsize": 24,
     }
 )
+CHECKSUM: Final = np.dtype("<u8")
 ALLOCATION: Final = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 
 FIELDS: Final = ((b"image", 2), (b"label", 1))  # name, FFCV's type id: RGBImageField, IntField
@@ -70,14 +76,19 @@ class BetonTables:
     data_ptrs: npt.NDArray[np.uint64]
     """(N,) uint64: offset of the image bytes from the start of the file."""
     data_sizes: npt.NDArray[np.uint64]
+    checksums: npt.NDArray[np.uint64] | None
+    """(N,) uint64: XXH3 of the image bytes; None for a file of 0.1.0."""
+    sha256: str
+    """Of the bytes of all tables: header, field descriptors, metadata, checksums, allocations."""
 
 
 class BetonWriter:
-    """Writes a .beton file sample by sample, keeping in memory 32 bytes a sample and no pixels.
+    """Writes a .beton file sample by sample, keeping in memory 40 bytes a sample and no pixels.
 
     The number of samples is known only at the end when some are skipped, so room for `max_samples` rows of
-    metadata is reserved and what is not used stays as slack. A page too small for a sample is doubled until
-    it fits: what was written before still straddles no page, for a large page is a union of small ones.
+    metadata and checksums is reserved and what is not used stays as slack. A page too small for a sample is
+    doubled until it fits: what was written before still straddles no page, for a large page is a union of
+    small ones.
 
     Args:
         path: the file to write; replaced if it exists.
@@ -96,8 +107,9 @@ class BetonWriter:
         self.num_samples = 0
         self.page_bytes = page_bytes
         self._metadata = np.zeros(max_samples, METADATA)
+        self._checksums = np.zeros(max_samples, CHECKSUM)
         self._sizes = np.zeros(max_samples, "<u8")
-        self._position = METADATA_START + self._metadata.nbytes
+        self._position = METADATA_START + self._metadata.nbytes + self._checksums.nbytes
         try:
             self._file = path.open("wb", buffering=1 << 20)
         except OSError as error:
@@ -125,6 +137,7 @@ class BetonWriter:
             self._position += left
         self._write(lambda: self._file.write(payload))
         self._metadata[self.num_samples] = (mode, width, height, self._position, label)
+        self._checksums[self.num_samples] = checksum(payload)
         self._sizes[self.num_samples] = len(payload)
         self._position += len(payload)
         self.num_samples += 1
@@ -146,6 +159,7 @@ class BetonWriter:
             self._file.seek(0)
             self._file.write(header.tobytes() + fields.tobytes())
             self._file.write(rows.data)
+            self._file.write(self._checksums[: self.num_samples].data)
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
@@ -170,13 +184,22 @@ class BetonWriter:
         )
 
 
-def read_tables(path: Path) -> BetonTables:
+def read_tables(file: HeldFile | Path, *, with_checksums: bool = False) -> BetonTables:
     """The tables of a .beton file, every row checked against the file's bounds.
 
+    Args: `with_checksums` whether the samples' checksums stand behind the metadata, as the manifest says.
     Errors: DataError naming the file and, for a bad row, the sample.
     """
-    header, metadata, allocations = _read_parts(path)
-    num_bytes, num_samples = path.stat().st_size, len(metadata)
+    with closing(HeldFile(file)) if isinstance(file, Path) else nullcontext(file) as held:
+        header, front, back = _read_parts(held, with_checksums)
+    path, num_bytes, num_samples = held.path, held.num_bytes, int(header["num_samples"])
+    metadata = np.frombuffer(front, METADATA, num_samples, METADATA_START)
+    checksums = (
+        np.frombuffer(front, CHECKSUM, num_samples, METADATA_START + metadata.nbytes).copy()
+        if with_checksums
+        else None
+    )
+    allocations = np.frombuffer(back, ALLOCATION)
     page_size, alloc_ptr = int(header["page_size"]), int(header["alloc_table_ptr"])
     order = np.argsort(allocations["sample_id"], kind="stable")  # FFCV's own writer leaves them in any order
     if not np.array_equal(allocations["sample_id"][order], np.arange(num_samples, dtype=np.uint64)):
@@ -185,14 +208,13 @@ def read_tables(path: Path) -> BetonTables:
     widths, heights = metadata["width"].copy(), metadata["height"].copy()
     raw_sizes = widths.astype(np.uint64) * heights.astype(np.uint64) * np.uint64(3)
     raw = metadata["mode"] == IMAGE_RAW
-    first = METADATA_START + metadata.nbytes
     # Sizes are compared with what is left behind the pointer, so that no sum can wrap around.
     checks = (
         (metadata["mode"] <= IMAGE_RAW, "has an image mode that is neither JPEG nor raw"),
         ((widths > 0) & (heights > 0), "has no width or height"),
         (metadata["label"] >= 0, "has a negative label"),
         (allocations["ptr"][order] == ptrs, "has two different addresses"),
-        ((ptrs >= first) & (ptrs < min(alloc_ptr, num_bytes)), "points outside the image bytes"),
+        ((ptrs >= len(front)) & (ptrs < min(alloc_ptr, num_bytes)), "points outside the image bytes"),
         (
             (sizes > 0) & (sizes <= np.uint64(alloc_ptr) - np.minimum(ptrs, alloc_ptr)),
             "reaches outside the image bytes",
@@ -212,55 +234,41 @@ def read_tables(path: Path) -> BetonTables:
         labels=metadata["label"].copy(),
         data_ptrs=ptrs,
         data_sizes=sizes,
+        checksums=checksums,
+        sha256=hashlib.sha256(front + back).hexdigest(),
     )
 
 
-def table_bytes(path: Path) -> tuple[bytes, bytes]:
-    """The bytes of the header, descriptors and metadata, and those of the allocation table.
-
-    Errors: DataError as in `read_tables`, of what it says of the file as a whole.
-    """
-    _, metadata, allocations = _read_parts(path)
-    with path.open("rb") as file:
-        return file.read(METADATA_START + metadata.nbytes), allocations.tobytes()
-
-
-def _read_parts(path: Path) -> tuple[np.void, npt.NDArray[np.void], npt.NDArray[np.void]]:
-    """Header, metadata and allocation table, after checking that they are there to be read."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(METADATA_START)
-            num_bytes = path.stat().st_size
-            if len(start) < METADATA_START:
-                raise _damaged(path, f"it has {num_bytes} bytes, fewer than a header")
-            header = np.frombuffer(start, HEADER, 1)[0]
-            fields = np.frombuffer(start, FIELD, len(FIELDS), HEADER.itemsize)
-            found = tuple((bytes(row["name"]), int(row["type_id"])) for row in fields)
-            if header["version"] != VERSION:
-                raise _damaged(path, f"its version is {header['version']}, not {VERSION}")
-            if header["num_fields"] != len(FIELDS) or found != FIELDS:
-                raise _damaged(path, "its fields are not an RGB `image` and an integer `label`")
-            page_size, num_samples = int(header["page_size"]), int(header["num_samples"])
-            if page_size < MIN_PAGE_BYTES or page_size & (page_size - 1):
-                raise _damaged(
-                    path, f"its page size of {page_size} is not a power of two of at least {MIN_PAGE_BYTES}"
-                )
-            alloc_ptr = int(header["alloc_table_ptr"])
-            if METADATA_START + num_samples * METADATA.itemsize > alloc_ptr:
-                raise _damaged(
-                    path, f"its {num_samples} samples do not fit before the allocation table at {alloc_ptr}"
-                )
-            if alloc_ptr + num_samples * ALLOCATION.itemsize != num_bytes:
-                raise _damaged(
-                    path,
-                    f"its allocation table does not end with the file ({num_bytes} bytes): it was cut short",
-                )
-            metadata = np.frombuffer(file.read(num_samples * METADATA.itemsize), METADATA)
-            file.seek(alloc_ptr)
-            allocations = np.frombuffer(file.read(num_samples * ALLOCATION.itemsize), ALLOCATION)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return header, metadata, allocations
+def _read_parts(file: HeldFile, with_checksums: bool) -> tuple[np.void, bytes, bytes]:
+    """The header, all tables before the image bytes, and the allocation table, after checking that they are there."""
+    path, num_bytes = file.path, file.num_bytes
+    if num_bytes < METADATA_START:
+        raise _damaged(path, f"it has {num_bytes} bytes, fewer than a header")
+    start = file.read(0, METADATA_START)
+    header = np.frombuffer(start, HEADER, 1)[0]
+    fields = np.frombuffer(start, FIELD, len(FIELDS), HEADER.itemsize)
+    found = tuple((bytes(row["name"]), int(row["type_id"])) for row in fields)
+    if header["version"] != VERSION:
+        raise _damaged(path, f"its version is {header['version']}, not {VERSION}")
+    if header["num_fields"] != len(FIELDS) or found != FIELDS:
+        raise _damaged(path, "its fields are not an RGB `image` and an integer `label`")
+    page_size, num_samples = int(header["page_size"]), int(header["num_samples"])
+    if page_size < MIN_PAGE_BYTES or page_size & (page_size - 1):
+        raise _damaged(
+            path, f"its page size of {page_size} is not a power of two of at least {MIN_PAGE_BYTES}"
+        )
+    alloc_ptr = int(header["alloc_table_ptr"])
+    front_bytes = num_samples * (METADATA.itemsize + with_checksums * CHECKSUM.itemsize)
+    if METADATA_START + front_bytes > alloc_ptr:
+        raise _damaged(
+            path, f"its {num_samples} samples do not fit before the allocation table at {alloc_ptr}"
+        )
+    if alloc_ptr + num_samples * ALLOCATION.itemsize != num_bytes:
+        raise _damaged(
+            path, f"its allocation table does not end with the file ({num_bytes} bytes): it was cut short"
+        )
+    front = start + file.read(METADATA_START, front_bytes)
+    return header, front, file.read(alloc_ptr, num_samples * ALLOCATION.itemsize)
 
 
 def _damaged(path: Path, what: str) -> DataError:

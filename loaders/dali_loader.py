@@ -1,8 +1,8 @@
 """The DALI loader: a `.beton` file or an image folder → `Crops`, one decode a sample.
 
-        memory map ──▶ JPEG bytes ──▶ decoder ──▶ RGB batch ──┬▶ slice ──▶ resize ──▶ crop 1
-                                      nvJPEG on the GPU, or   └▶ slice ──▶ resize ──▶ crop 2, …
-                                      libjpeg-turbo on the CPU
+        open file ──▶ JPEG bytes, checksum ──▶ decoder ──▶ RGB batch ──┬▶ slice ──▶ resize ──▶ crop 1
+                                               nvJPEG on the GPU, or   └▶ slice ──▶ resize ──▶ crop 2, …
+                                               libjpeg-turbo on the CPU
 
 DALI runs the graph in threads of its own, some batches ahead. Its readers and random operators are not used: sample
 order and crop boxes are drawn before (`loaders.parameters`) and handed in with the bytes.
@@ -14,10 +14,11 @@ away: up to some 30 levels there, on photographs a mean of 0.03 a crop, and of 0
 between its passes, and on hard edges clamps what bicubic overshoots (up to 29 levels, see `loaders.cut`). `fn.slice`
 stands before the resize, since a resize of a region would read pixels outside the box.
 
-Damage that DALI does not tell: wrong bytes behind a JPEG's header, or an end marker too early, give wrong or grey
-pixels without an error, where FFCV's decoder names the sample. The manifest's checksums are the guard: run
-`fast-essl convert --verify` once on a file that was copied. Bytes that are no image, that run out, or whose size is not
-the one in the tables are named as by the other loaders.
+Damage that DALI does not notice: wrong bytes behind a JPEG's header, or an end marker too early, give wrong or grey
+pixels without an error. So each sample of a `.beton` file is compared with its checksum before DALI sees it, and damage
+is named as by the other loaders. That leaves two kinds of data without a checksum: the files of an image folder, and
+`.beton` files of 0.1.0, whose blocks are checked once in the background. Bytes that are no image, that run out, or
+whose size is not the one in the tables are named in any case.
 
 In an image folder only plain files go to DALI as they are: upright JPEGs, and upright PNGs of 8 bits without
 transparency. All others, as those that EXIF data turns, are decoded by Pillow, so that they are what conversion would
@@ -88,12 +89,12 @@ class DALILoader:
         )
         self._is_raw = np.zeros(len(self.images.labels), bool)
         if isinstance(self.images, BetonImages):
-            self._file = np.asarray(np.memmap(path, np.uint8, mode="r"))
             self._is_raw = self.images.tables.modes == IMAGE_RAW
         self._all_raw = bool(self._is_raw.all())
         self._cuda = torch.device("cuda", torch.cuda.current_device()) if self.decoder == "mixed" else None
         self._stream = torch.cuda.Stream(self._cuda) if self._cuda else None
         self._idle: tuple[Pipeline, _Feed] | None = None
+        self._is_closed = False
 
     @property
     def manifest(self) -> Manifest:
@@ -123,8 +124,10 @@ class DALILoader:
         """The epoch's batches from `start_step` on; images on the CPU, or with the `mixed` decoder on its CUDA device.
 
         The images are the consumer's own: no later batch is written into their memory.
-        Errors: `DataError` naming the file and the sample that does not decode.
+        Errors: `DataError` naming the file that was changed since it was opened, or the sample that is damaged or does
+        not decode; `ValueError` when the loader is closed.
         """
+        self._check(begin=True)
         batches = self.plan.batches(epoch, start_step)
         if not batches:
             return
@@ -132,11 +135,15 @@ class DALILoader:
         # time builds its own.
         taken, self._idle = self._idle or self._build(self.plan.batch_size // self.plan.num_ranks), None
         pipeline, feed = taken
-        feed.inputs = (self._inputs(epoch, batch) for batch in batches)
+        feed.start(self._inputs(epoch, batch) for batch in batches)
         pipeline.schedule_run()
         for batch in batches:
+            self._check()
             try:
                 *outputs, shapes = pipeline.share_outputs()
+            except StopIteration:
+                # Some batches ahead a sample could not be read; those before it have been handed out.
+                raise feed.error or DataError(f"{self.images.path}: DALI ended early") from None
             except RuntimeError as error:
                 raise self._failure(epoch, batch, error) from error
             self._check_sizes(batch, shapes)
@@ -148,8 +155,19 @@ class DALILoader:
         self._idle = taken
 
     def close(self) -> None:
-        """Let go of the pipeline, with its threads and its memory."""
+        """Let go of the pipeline, with its threads and its memory, and of the file; once more is fine."""
         self._idle = None
+        self._is_closed = True
+        if isinstance(self.images, BetonImages):
+            self.images.close()
+
+    def _check(self, begin: bool = False) -> None:
+        if self._is_closed:
+            raise ValueError("the loader is closed")
+        if isinstance(self.images, BetonImages):
+            if begin:
+                self.images.begin_epoch()
+            self.images.check()
 
     def _build(self, batch_size: int) -> tuple[Pipeline, _Feed]:
         """The graph, and what it is fed with: the images, then the starts and the shapes of each crop."""
@@ -211,8 +229,7 @@ class DALILoader:
                 return np.fromfile(self.images.files[index], np.uint8)
             except OSError as error:
                 raise DataError(f"{self.images.files[index]}: cannot be read ({error.strerror})") from error
-        start = int(self.images.tables.data_ptrs[index])
-        data = self._file[start : start + int(self.images.tables.data_sizes[index])]
+        data = np.frombuffer(self.images.stored(index), np.uint8)
         if not self._is_raw[index]:
             return data
         height, width = int(self.images.heights[index]), int(self.images.widths[index])
@@ -247,7 +264,7 @@ class DALILoader:
         """Which sample of a batch DALI stumbled over: it rarely tells, so each is tried alone."""
         pipeline, feed = self._build(1)
         for row in range(len(batch)):
-            feed.inputs = iter([self._inputs(epoch, batch[row : row + 1])])
+            feed.start(iter([self._inputs(epoch, batch[row : row + 1])]))
             try:
                 pipeline.schedule_run()
                 pipeline.share_outputs()
@@ -276,11 +293,21 @@ class _Feed:
     """What DALI calls for the inputs of each batch; it holds the last ones, which DALI reads without a copy."""
 
     def __init__(self) -> None:
-        self.inputs: Iterator[tuple[Any, ...]] = iter(())
+        self._inputs: Iterator[tuple[Any, ...]] = iter(())
         self._held: deque[tuple[Any, ...]] = deque(maxlen=NUM_BATCHES_AHEAD + 2)
+        self.error: DataError | None = None
+
+    def start(self, inputs: Iterator[tuple[Any, ...]]) -> None:
+        """Begin to hand these out."""
+        self._inputs, self.error = inputs, None
 
     def __call__(self) -> tuple[Any, ...]:
-        self._held.append(next(self.inputs))  # the end, StopIteration, is the end of DALI's epoch
+        try:
+            self._held.append(next(self._inputs))  # the end, StopIteration, is the end of DALI's epoch
+        except DataError as error:
+            # DALI asks some batches ahead: those that are whole come out first.
+            self.error = error
+            raise StopIteration from None
         return self._held[-1]
 
 

@@ -58,6 +58,7 @@ class DeviceLoader:
             labels=self.images.labels,
             **plan,
         )
+        self.images.begin_epoch()
         self._pixels: Tensor | None = _read_all(self.images, torch.device(device))
 
     @property
@@ -80,10 +81,15 @@ class DeviceLoader:
         return self.plan.num_steps
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Crops, None, None]:
-        """The epoch's batches from `start_step` on, cut on the device's current stream when they are asked for."""
-        if self._pixels is None:
-            raise ValueError("the loader is closed")
+        """The epoch's batches from `start_step` on, cut on the device's current stream when they are asked for.
+
+        Errors: `DataError` when the file was changed since it was opened; `ValueError` when the loader is closed.
+        """
+        self.images.begin_epoch()
         for batch in self.plan.batches(epoch, start_step):
+            self.images.check()
+            if self._pixels is None:
+                raise ValueError("the loader is closed")
             crops = self.plan.crops(epoch, batch, ())
             pixels = self._pixels[uploaded(crops.indices, self._pixels.device)]
             boxes = uploaded(torch.from_numpy(crops.parameters.box), self._pixels.device)
@@ -96,8 +102,9 @@ class DeviceLoader:
             )
 
     def close(self) -> None:
-        """Let go of the images."""
+        """Let go of the images; once more is fine."""
         self._pixels = None
+        self.images.close()
 
 
 def resized_crops(images: Tensor, boxes: Tensor, size: int, interpolation: Interpolation) -> Tensor:

@@ -1,16 +1,18 @@
 """The FFCV loader: `.beton` → `Crops`, one JPEG decode a sample.
 
-        memory map ──▶ JPEG bytes ──▶ scratch RGB (one image a thread) ──▶ crop 1, crop 2, … ──▶ Crops
-                       └──────── one decoder, compiled, GIL-free, a sample a thread ────────┘
+        open file ──▶ JPEG bytes, checksum ──▶ scratch RGB (one image a thread) ──▶ crop 1, crop 2, … ──▶ Crops
+                      └──────────── one loop, compiled, GIL-free, a sample a thread ────────────┘
 
-FFCV runs the decoder in its own thread, some batches ahead, and owns the memory that it writes into. Its traversal
-orders and random operators are not used: each row of the order that is handed to it holds a sample's index and its
-crop boxes, drawn before (`loaders.parameters`).
+FFCV runs the loop (`loaders.cut.cut_batch`) in its own thread, some batches ahead, and owns the memory that it writes
+into. Its traversal orders, random operators and memory map are not used: each row of the order that is handed to it
+holds a sample's index and its crop boxes, drawn before (`loaders.parameters`). FFCV compiles nothing either: the loop
+is the same for every loader, and numba's cache keeps it.
 """
 
 from __future__ import annotations
 
 import queue
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,10 +25,9 @@ import torch
 from numba import typed
 
 from loaders.batch import Crops
-from loaders.beton import IMAGE_JPEG
-from loaders.cut import cut_sample
+from loaders.cut import DAMAGED, NOT_READ, cut_batch
 from loaders.errors import DataError
-from loaders.images import open_beton, undecodable
+from loaders.images import BetonImages, damaged, open_beton, undecodable
 from loaders.machine import num_cores
 from loaders.manifest import Manifest
 from loaders.plan import EpochPlan
@@ -42,6 +43,16 @@ def _thread_counts_kept() -> Iterator[None]:
     finally:
         numba.set_num_threads(numba_threads)
         torch.set_num_threads(torch_threads)
+
+
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """FFCV would compile each function for each loader again, and never free it."""
+    Compiler.set_enabled(False)
+    try:
+        yield
+    finally:
+        Compiler.set_enabled(True)
 
 
 @contextmanager
@@ -71,10 +82,7 @@ NUM_BATCHES_AHEAD = 2
 
 
 class FFCVLoader:
-    """Decode once and cut all crops, in FFCV's threads.
-
-    One loader serves all epochs: making one costs some seconds of compilation.
-    """
+    """Decode once and cut all crops, in FFCV's threads. One loader serves all epochs."""
 
     def __init__(
         self,
@@ -84,7 +92,7 @@ class FFCVLoader:
         num_workers: int = 0,
         **plan: Any,
     ) -> None:
-        """Open a `.beton` file and compile the decoder.
+        """Open a `.beton` file.
 
         Args: `num_workers` threads, 0 for one a core; `plan` the other fields of `EpochPlan`: `batch_size`, `seed`,
         `shuffle`, `drop_last`, `rank`, `num_ranks`, `subset`.
@@ -105,20 +113,24 @@ class FFCVLoader:
             labels=self.images.labels,
             **plan,
         )
-        with _thread_counts_kept():
+        with _thread_counts_kept(), _nothing_compiled():
             self._loader = Loader(
-                str(path),
+                # The file that was opened, whatever its name means by now.
+                f"/proc/self/fd/{self.images.file.descriptor}",
                 batch_size=self.plan.batch_size // self.plan.num_ranks,
                 num_workers=num_workers,
                 os_cache=True,
                 drop_last=False,
                 batches_ahead=NUM_BATCHES_AHEAD,
-                pipelines={"image": [_CropsDecoder(self.plan.recipes)], "label": None},
+                pipelines={"image": [_CropsDecoder(self.images, self.plan.recipes)], "label": None},
             )
-        # Half a kilobyte a sample that only FFCV's other cache reads.
         manager = self._loader.memory_manager
+        # Else FFCV would map the file into memory.
+        manager.context.mmap = np.empty(0, np.uint8)
+        # Half a kilobyte a sample that only FFCV's other cache reads.
         for table in (manager.ptr_to_size, manager.sample_to_pages, manager.page_to_samples):
             table.clear()
+        self._running: weakref.WeakSet[_Epoch] = weakref.WeakSet()
 
     @property
     def manifest(self) -> Manifest:
@@ -142,22 +154,38 @@ class FFCVLoader:
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Crops, None, None]:
         """The epoch's batches from `start_step` on; FFCV's thread and memory are freed with the generator.
 
-        Errors: `DataError` naming the file and the sample that does not decode.
+        Errors: `DataError` naming the file that was changed since it was opened, or the sample that is damaged or does
+        not decode; `ValueError` when the loader is closed.
         """
+        self.images.begin_epoch()
         batches = self.plan.batches(epoch, start_step)
         if not batches:
             return
         indices = np.concatenate(batches)
         boxes = self.plan.parameters(epoch, indices).box.reshape(len(indices), -1)
         steps = _Epoch(self._loader, np.column_stack([indices, boxes]))
+        self._running.add(steps)
         try:
             for batch in batches:
+                self.images.check()
                 rows, status = steps.next_batch()
-                if status.any():
-                    raise undecodable(self.images.path, int(batch[np.flatnonzero(status)[0]]))
+                bad = np.flatnonzero(status)
+                if bad.size:
+                    raise self._failure(int(batch[bad[0]]), int(status[bad[0]]))
                 yield self.plan.crops(epoch, batch, self._split(rows))
         finally:
             steps.stop()
+
+    def _failure(self, index: int, status: int) -> DataError:
+        if status == DAMAGED:
+            return damaged(self.images.path, index)
+        if status == NOT_READ:
+            try:
+                self.images.stored(index)  # says what is wrong with it
+            except DataError as error:
+                return DataError(f"sample {index} cannot be read: {error}")
+            return DataError(f"{self.images.path}: sample {index} could not be read at first; check the disk")
+        return undecodable(self.images.path, index)
 
     def _split(self, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
         """One tensor a crop; copies, since FFCV writes into the same memory again some batches later."""
@@ -170,22 +198,30 @@ class FFCVLoader:
         return tuple(images)
 
     def close(self) -> None:
-        """Let go of FFCV's loader and of its memory map."""
-        del self._loader
+        """End the epochs that are running, and close the file; once more is fine."""
+        for steps in list(self._running):
+            steps.stop()
+        self.images.close()
 
 
 class _CropsDecoder(SimpleRGBImageDecoder):
-    """Decode a sample into scratch memory and cut every crop from it.
+    """Read a sample, decode it into scratch memory and cut every crop from it.
 
     Each row of FFCV's `batch_indices` is (sample index, top, left, height, width of crop 1, of crop 2, …).
-    The output is the crops of each sample, one after the other, (N, num_bytes) uint8, and the decoder's status,
-    (N,) int32, 0 where all went well.
+    The output is the crops of each sample, one after the other, (N, num_bytes) uint8, and the status of each, (N,)
+    int32, as `cut_batch` has it. FFCV's own view of the file, its memory map, is not touched.
     """
 
-    def __init__(self, recipes: tuple[Recipe, ...]) -> None:
+    def __init__(self, images: BetonImages, recipes: tuple[Recipe, ...]) -> None:
         super().__init__()
         self.sizes = np.array([recipe.size for recipe in recipes])
         self.cubic = np.array([recipe.interpolation == "bicubic" for recipe in recipes], dtype=np.uint8)
+        self.descriptor = images.file.descriptor
+        tables = images.tables
+        checksums = np.empty(0, np.uint64) if tables.checksums is None else tables.checksums
+        self.tables = (
+            tables.data_ptrs, tables.data_sizes, checksums, tables.modes, tables.heights, tables.widths,
+        )  # fmt: skip
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, tuple[AllocationQuery, ...]]:
         crops = AllocationQuery((int((3 * self.sizes**2).sum()),), np.dtype("u1"))
@@ -193,32 +229,11 @@ class _CropsDecoder(SimpleRGBImageDecoder):
         return replace(previous_state, jit_mode=True), (crops, status)
 
     def generate_code(self) -> Callable[..., Any]:
-        read, parallel_range = self.memory_read, Compiler.get_iterator()
-        sizes, cubic, num_crops = self.sizes, self.cubic, len(self.sizes)
-        # Called by address, so that FFCV, which caches nothing, compiles a loop and not all that the loop calls.
-        cut = cut_sample.ctypes
-
-        def decode(rows, memory, metadata, storage):  # type: ignore[no-untyped-def]
-            # Unpacked as `crops, status = memory`, the parallel loop's writes are lost (numba 0.68.1).
-            crops, status = memory[0], memory[1]
-            for n in parallel_range(len(rows)):
-                field = metadata[rows[n, 0]]
-                data = read(field["data_ptr"], storage)
-                status[n] = cut(
-                    data.ctypes.data,
-                    data.size,
-                    field["mode"] == IMAGE_JPEG,
-                    field["height"],
-                    field["width"],
-                    rows[n, 1:].ctypes.data,
-                    sizes.ctypes.data,
-                    cubic.ctypes.data,
-                    num_crops,
-                    crops[n].ctypes.data,
-                )
+        def decode(rows: np.ndarray, memory: tuple[np.ndarray, ...], *_: Any) -> tuple[np.ndarray, ...]:
+            crops, status = memory
+            cut_batch(self.descriptor, rows, self.tables, self.sizes, self.cubic, crops, status)
             return memory
 
-        decode.is_parallel = True  # type: ignore[attr-defined]
         return decode
 
 
@@ -226,6 +241,7 @@ class _Epoch(EpochIterator):
     """FFCV's epoch thread, with errors that reach the consumer and an end that frees thread and memory."""
 
     error: BaseException | None = None
+    stopped = False
 
     def run(self) -> None:
         try:
@@ -238,12 +254,15 @@ class _Epoch(EpochIterator):
         try:
             (batch,) = next(self)
         except StopIteration:
-            raise DataError(
-                f"{self.loader.fname}: FFCV's thread ended early ({self.error!r})"
-            ) from self.error
+            if self.stopped:
+                raise ValueError("the loader is closed") from None
+            raise DataError(f"FFCV's thread ended early ({self.error!r})") from self.error
         return batch
 
     def stop(self) -> None:
+        """End the thread; who waits for a batch, or asks for one later, hears of it."""
+        if self.stopped:
+            return
         self.iter_ixes = iter(())
         while self.is_alive():
             try:
@@ -251,4 +270,7 @@ class _Epoch(EpochIterator):
             except queue.Empty:
                 continue
         self.close()
-        self.closed = True
+        self.closed = self.stopped = True
+        while not self.output_queue.empty():
+            self.output_queue.get()
+        self.output_queue.put(None)

@@ -9,9 +9,13 @@ from typing import Final, NamedTuple
 
 import numpy as np
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
-from loaders.beton import IMAGE_JPEG, BetonTables, read_tables
+from loaders.beton import IMAGE_JPEG, BetonTables
+from loaders.block_check import BlockCheck
+from loaders.checksum import checksum
 from loaders.errors import DataError
+from loaders.held_file import HeldFile
 from loaders.image_file import (
     JPEG_FORMATS,
     MAX_PIXELS,
@@ -24,7 +28,7 @@ from loaders.image_file import (
     upright_size,
 )
 from loaders.image_folder import list_folder, unreadable
-from loaders.manifest import Manifest, check_opening
+from loaders.manifest import Manifest, open_checked
 from loaders.names import printable
 
 _PLAIN: Final = {("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "L"), ("PNG", "P")}
@@ -33,11 +37,17 @@ _PLAIN: Final = {("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB"
 
 @dataclass(frozen=True, kw_only=True)
 class BetonImages:
-    """A `.beton` file that matches its manifest."""
+    """A `.beton` file that matches its manifest, kept open."""
 
-    path: Path
+    file: HeldFile
     manifest: Manifest
     tables: BetonTables
+    block_check: BlockCheck | None
+    """Of a file of 0.1.0, whose samples have no checksums."""
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -55,23 +65,51 @@ class BetonImages:
     def labels(self) -> np.ndarray:
         return self.tables.labels
 
+    def stored(self, index: int) -> bytes:
+        """The stored bytes of one sample: a JPEG stream, or its pixels.
+
+        Errors: `DataError` when they cannot be read or do not match their checksum.
+        """
+        data = self.file.read(int(self.tables.data_ptrs[index]), int(self.tables.data_sizes[index]))
+        if self.tables.checksums is not None and checksum(data) != self.tables.checksums[index]:
+            raise damaged(self.path, index)
+        return data
+
     def image(self, index: int) -> Image.Image:
         """One sample as a Pillow RGB image.
 
-        Errors: `DataError` naming file and sample when it does not decode.
+        Errors: `DataError` naming file and sample when it is damaged or does not decode.
         """
-        start, size = int(self.tables.data_ptrs[index]), int(self.tables.data_sizes[index])
-        with open(self.path, "rb") as file:
-            file.seek(start)
-            data = file.read(size)
+        data = self.stored(index)
         if self.tables.modes[index] != IMAGE_JPEG:
             shape = (int(self.heights[index]), int(self.widths[index]), 3)
             return Image.fromarray(np.frombuffer(data, np.uint8).reshape(shape))
         try:
-            with quiet_pillow(None):  # the size was checked when it was converted
-                return Image.open(io.BytesIO(data)).convert("RGB")
+            # Not `Image.open`, which refuses large images.
+            return JpegImageFile(io.BytesIO(data)).convert("RGB")
         except (OSError, SyntaxError) as error:
             raise undecodable(self.path, index) from error
+
+    def begin_epoch(self) -> None:
+        """To be called before the first sample of an epoch.
+
+        Errors: `DataError` when the file was changed or replaced since it was opened, or is damaged.
+        """
+        self.file.check_unchanged()
+        if self.block_check is not None:
+            self.block_check.start()
+        self.check()
+
+    def check(self) -> None:
+        """To be called before every batch. Errors: `DataError` for damage that was found in the background."""
+        if self.block_check is not None:
+            self.block_check.raise_if_damaged()
+
+    def close(self) -> None:
+        """Close the file; once more is fine."""
+        if self.block_check is not None:
+            self.block_check.stop()
+        self.file.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,19 +151,28 @@ class FolderImages:
 
 
 def undecodable(path: Path, index: int) -> DataError:
-    """The error for a damaged sample; a reader may have seen the file change since it was opened."""
+    """The error for a sample whose bytes are no image of the size in the tables."""
     return DataError(
         f"{path}: sample {index} does not decode; run 'fast-essl convert --verify {path}' and convert the data again"
     )
 
 
+def damaged(path: Path, index: int) -> DataError:
+    """The error for a sample whose bytes are not those that were written."""
+    return DataError(
+        f"{path}: sample {index} does not match its checksum: it was damaged or overwritten; run "
+        f"'fast-essl convert --verify {path}', and restore the file from a copy or convert the data again"
+    )
+
+
 def open_beton(path: Path) -> BetonImages:
-    """Open a `.beton` file.
+    """Open a `.beton` file; it stays open until `close`, or until nobody holds the result.
 
     Errors: `DataError` when it is missing or does not match its manifest.
     """
-    manifest = check_opening(path)
-    return BetonImages(path=path, manifest=manifest, tables=read_tables(path))
+    file, manifest, tables = open_checked(path)
+    block_check = None if manifest.has_checksums else BlockCheck(file, manifest)
+    return BetonImages(file=file, manifest=manifest, tables=tables, block_check=block_check)
 
 
 def open_folder(path: Path) -> FolderImages:

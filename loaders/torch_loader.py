@@ -6,6 +6,7 @@ Slow and obvious; the other loaders are tested against it.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from loaders.machine import num_cores
 from loaders.manifest import Manifest
 from loaders.plan import EpochPlan
 from loaders.recipe import Recipe
+from loaders.waiting import MAX_WAIT_VARIABLE, max_wait_s
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -45,6 +47,7 @@ class TorchLoader:
         """
         path = Path(path)
         self.images: BetonImages | FolderImages = open_folder(path) if path.is_dir() else open_beton(path)
+        self._is_closed = False
         self.num_workers = num_workers or num_cores()
         self.plan = EpochPlan(
             recipes=tuple(recipes),
@@ -81,8 +84,10 @@ class TorchLoader:
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Crops, None, None]:
         """The epoch's batches from `start_step` on; the worker processes end with the generator.
 
-        Errors: `DataError` naming the sample that does not decode.
+        Errors: `DataError` naming the file that was changed since it was opened, the sample that is damaged or does
+        not decode, or a worker process that died or stands still; `ValueError` when the loader is closed.
         """
+        self._check(begin=True)
         batches = self.plan.batches(epoch, start_step)
         dataset = _Batches(self.images, self.plan, epoch, batches)
         # A data set item is a whole batch, so that collation stays with us; no `fork` handler of numba's is needed.
@@ -94,13 +99,60 @@ class TorchLoader:
             multiprocessing_context="fork",
             worker_init_fn=_leave_process_group,
         )
-        for indices, images in zip(batches, steps, strict=True):
+        batches_of_images = iter(steps)
+        for indices in batches:
+            images = _next(batches_of_images)
             if isinstance(images, DataError):
                 raise images
+            self._check()
             yield self.plan.crops(epoch, indices, tuple(images))
 
+    def _check(self, begin: bool = False) -> None:
+        if self._is_closed:
+            raise ValueError("the loader is closed")
+        if isinstance(self.images, BetonImages):
+            if begin:
+                self.images.begin_epoch()
+            self.images.check()
+
     def close(self) -> None:
-        """Nothing outlives an epoch."""
+        """Close the file; once more is fine."""
+        self._is_closed = True
+        if isinstance(self.images, BetonImages):
+            self.images.close()
+
+
+def _next(batches: Any) -> list[torch.Tensor] | DataError:
+    """The next batch of a DataLoader's iterator, whose worker processes are killed when none comes in time.
+
+    Its own `timeout` does not cover a worker that stops while it hands over a batch, and its own signal at the end
+    would not reach a stopped one.
+    """
+    limit_s, is_late = max_wait_s(), threading.Event()
+
+    def give_up() -> None:
+        is_late.set()
+        # Else torch would raise an error for each of them wherever the program happens to be.
+        torch._C._remove_worker_pids(id(batches))
+        batches._worker_pids_set = False
+        for worker in batches._workers:
+            worker.kill()
+
+    timer = threading.Timer(limit_s, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        return next(batches)
+    except (RuntimeError, OSError, EOFError) as error:
+        if is_late.is_set():
+            what = f"gave nothing for {limit_s} s; see whether the disk answers, or set {MAX_WAIT_VARIABLE} higher"
+        elif "DataLoader worker" in str(error):
+            what = f"died ({' '.join(str(error).split())}); see whether memory is left"
+        else:
+            raise
+        raise DataError(f"the torch loader: a worker process {what}") from error
+    finally:
+        timer.cancel()
 
 
 def _leave_process_group(worker: int) -> None:

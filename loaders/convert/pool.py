@@ -8,7 +8,7 @@ import queue
 import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 from loaders.convert.source import Sample
 from loaders.errors import DataError
 from loaders.machine import num_cores
+from loaders.waiting import MAX_WAIT_VARIABLE, max_wait_s
 
 Result = TypeVar("Result")
 _CHUNK_SAMPLES: Final = 64
@@ -34,7 +35,7 @@ def map_samples(
         samples: read as far ahead as the workers need, no further.
         num_workers: 0 = all cores; 1 = in this process.
 
-    Errors: what `work` raises; DataError if a worker process dies. Neither leaves a process waiting.
+    Errors: what `work` raises; DataError if a worker process dies or stands still. None leaves a process waiting.
     """
     num_workers = num_workers or num_cores()
     if num_workers == 1:
@@ -101,8 +102,10 @@ def _ask(
 
 
 def _serve(connection: Connection) -> None:
-    # Ctrl-C goes to all processes of the terminal; the first process alone decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C goes to all processes of the terminal, SIGTERM often to the whole group; the first process alone decides
+    # what they mean.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     while True:
         try:
             work, chunk = connection.recv()
@@ -117,6 +120,12 @@ def _serve(connection: Connection) -> None:
 
 
 def _finished(chunk: list[Sample], future: Future[list[Result]]) -> Iterator[tuple[Sample, Result]]:
+    # The oldest chunk is always at work: it never waits for another one.
+    if not wait([future], timeout=max_wait_s()).done:
+        raise DataError(
+            f"{chunk[0].name}: a worker process gave nothing for {max_wait_s()} s while it encoded this and the "
+            f"{len(chunk) - 1} images behind it; see whether the disk answers, or set {MAX_WAIT_VARIABLE} higher"
+        )
     return zip(chunk, future.result(), strict=True)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -16,18 +17,20 @@ import PIL
 from PIL import features
 from tqdm import tqdm
 
-from loaders.beton import IMAGE_JPEG, BetonWriter
+from loaders.beton import IMAGE_JPEG, BetonWriter, read_tables
 from loaders.convert import cifar
 from loaders.convert.encode import Encoded, EncodeOptions, Encoding, encode_sample
 from loaders.convert.folder import open_folder
 from loaders.convert.photo_digits import open_photo_digits
 from loaders.convert.pool import map_samples
+from loaders.convert.publish import check_destination, part_file, publish, resolve_destination
 from loaders.convert.shards import find_parquet, select_pattern, select_split
 from loaders.convert.source import Source
 from loaders.errors import DataError
+from loaders.held_file import HeldFile
 from loaders.image_folder import unreadable
 from loaders.jpeg import decoder_name
-from loaders.manifest import BLOCK_BYTES, FORMAT_VERSION, Manifest, checksums, manifest_path
+from loaders.manifest import BLOCK_BYTES, FORMAT_VERSION, Manifest, block_checksums, manifest_path
 from loaders.names import printable
 
 NAMED_SOURCES: Final = ("cifar10", "photo-digits")
@@ -75,29 +78,30 @@ def convert(
         raise DataError(f"--workers {workers}: give 0 for all cores, or a number of processes")
     if on_error not in ("fail", "skip"):
         raise DataError(f"--on-error {on_error}: not one of fail, skip")
-    _check_destination(dest, overwrite)
+    dest = resolve_destination(dest)
+    check_destination(dest, overwrite)
     opened = open_source(source, split, quality=quality, progress=progress)
-    with _temporary(dest) as (beton_part, manifest_part):
-        with closing(BetonWriter(beton_part, max_samples=opened.num_samples)) as writer:
+    with _terminated_as_an_exception(), part_file(dest) as part:
+        with closing(BetonWriter(part, max_samples=opened.num_samples)) as writer:
             counts, storage, skipped = _fill(writer, opened, options, workers, on_error, progress)
             writer.finish()
-        block_sha256, tables_sha256 = checksums(beton_part)
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            num_samples=writer.num_samples,
-            num_bytes=beton_part.stat().st_size,
-            class_names=opened.class_names,
-            class_counts=tuple(counts[label] for label in range(len(opened.class_names))),
-            source=opened.description,
-            options=_describe(options, split, on_error),
-            storage={key: storage[key] for key in ("copied", "jpeg", "raw")} | _repaired(storage),
-            block_bytes=BLOCK_BYTES,
-            block_sha256=block_sha256,
-            tables_sha256=tables_sha256,
-            skipped=tuple(skipped),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-        _publish(manifest, manifest_part, beton_part, dest)
+        with closing(HeldFile(part)) as written:
+            manifest = Manifest(
+                format_version=FORMAT_VERSION,
+                num_samples=writer.num_samples,
+                num_bytes=written.num_bytes,
+                class_names=opened.class_names,
+                class_counts=tuple(counts[label] for label in range(len(opened.class_names))),
+                source=opened.description,
+                options=_describe(options, split, on_error),
+                storage={key: storage[key] for key in ("copied", "jpeg", "raw")} | _repaired(storage),
+                block_bytes=BLOCK_BYTES,
+                block_sha256=block_checksums(written),
+                tables_sha256=read_tables(written, with_checksums=True).sha256,
+                skipped=tuple(skipped),
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+        publish(manifest, part, dest, overwrite=overwrite)
     return manifest
 
 
@@ -209,56 +213,21 @@ def _describe(options: EncodeOptions, split: str, on_error: str) -> dict[str, An
     }
 
 
-def _check_destination(dest: Path, overwrite: bool) -> None:
-    try:
-        if dest.is_dir():
-            raise DataError(
-                f"{dest}: is a folder; give the name of the file to make, as {dest / 'train.beton'}"
-            )
-        if dest.exists() and not overwrite:
-            raise DataError(f"{dest}: exists; remove it, choose another name, or replace it with --overwrite")
-        if not dest.parent.is_dir():
-            raise DataError(f"{dest.parent}: is not a folder that exists; make it first")
-    except OSError as error:
-        raise DataError(f"{dest}: cannot be a file ({error.strerror}); choose another place") from error
-
-
 @contextmanager
-def _temporary(dest: Path) -> Iterator[tuple[Path, Path]]:
-    """Two names beside `dest`, hidden and of this process, removed at the end whatever happens."""
-    parts = tuple(
-        dest.with_name(f".{dest.name[:100]}.{os.getpid()}.{kind}.part") for kind in ("beton", "json")
-    )
+def _terminated_as_an_exception() -> Iterator[None]:
+    """SIGTERM ends the process with code 143 by way of every `finally`, unless the program handles it already."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    ):
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
     try:
-        yield parts[0], parts[1]
+        yield
     finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
-
-
-def _publish(manifest: Manifest, manifest_part: Path, beton_part: Path, dest: Path) -> None:
-    """Give both files their names: the manifest first, so that the .beton never stands without its own.
-
-    A crash between the two leaves at worst a manifest that does not match, and every loader refuses such a
-    pair.
-    """
-    try:
-        with manifest_part.open("w", encoding="utf-8") as file:
-            file.write(manifest.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        manifest_part.replace(manifest_path(dest))
-        try:
-            beton_part.replace(dest)
-        except OSError:
-            manifest_path(dest).unlink()
-            raise
-        folder = os.open(dest.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the names, too
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise DataError(
-            f"{dest.parent}: cannot be written to ({error.strerror}); free some space or choose another place"
-        ) from error
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numba
@@ -20,8 +21,8 @@ from loaders.beton import IMAGE_RAW, read_tables
 from loaders.convert import convert
 from loaders.cut import resize_crop
 from loaders.errors import DataError
+from loaders.held_file import HeldFile
 from loaders.images import open_beton
-from loaders.manifest import verify
 from loaders.recipe import Recipe
 
 RECIPES = (
@@ -270,9 +271,10 @@ def test_one_pipeline_serves_all_epochs(open_dali, photo_beton):
 
 
 def test_leaving_early_frees_the_threads(open_dali, photo_beton):
+    first = open_dali(photo_beton, RECIPES, batch_size=6, seed=5)
+    whole = list(first.epoch(0))
+    first.close()
     loader = open_dali(photo_beton, RECIPES, batch_size=6, seed=5)
-    whole = list(loader.epoch(0))
-    loader.close()
     before = num_threads()
     for num_steps in (1, 2, 3):
         epoch = loader.epoch(0)
@@ -328,23 +330,6 @@ def replace_by_a_larger_image(data):
     data[: len(other)] = other
 
 
-@pytest.mark.parametrize("change", [zero_all, replace_by_a_larger_image])
-def test_a_sample_damaged_after_opening_is_named(open_dali, copied_beton, change):
-    loader = open_dali(copied_beton, RECIPES, batch_size=8, shuffle=False)
-    sample = int(read_tables(copied_beton).data_sizes[:64].argmax())
-    assert read_tables(copied_beton).modes[sample] != IMAGE_RAW
-    overwrite(copied_beton, sample, change)
-    batches = loader.epoch(0)
-    for _ in range(sample // 8):
-        next(batches)
-    with pytest.raises(
-        DataError, match=rf"damaged\.beton: sample {sample} does not decode.*--verify"
-    ) as raised:
-        next(batches)
-    assert "\n" not in str(raised.value)
-    assert len(list(loader.epoch(0, start_step=sample // 8 + 1))) == 8 - (sample // 8 + 1)
-
-
 def spoil_some_bytes(data):
     data[len(data) // 2 : len(data) // 2 + 40] = b"\xff" * 40
 
@@ -353,14 +338,48 @@ def end_early(data):
     data[len(data) // 2 : len(data) // 2 + 2] = b"\xff\xd9"
 
 
-@pytest.mark.parametrize("change", [spoil_some_bytes, end_early])
-def test_damage_behind_the_header_is_left_to_the_manifest(open_dali, copied_beton, change):
-    """DALI tells nobody of wrong or missing pixels; as long as it does not, the loader's docstring has to say so."""
-    loader = open_dali(copied_beton, RECIPES, batch_size=8)
-    overwrite(copied_beton, int(read_tables(copied_beton).data_sizes.argmax()), change)
-    assert len(list(loader.epoch(0))) == len(loader)
-    with pytest.raises(DataError, match="does not match its checksum"):
-        verify(copied_beton)
+CHANGES = [zero_all, replace_by_a_larger_image, spoil_some_bytes, end_early]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_sample_damaged_after_opening_is_named(open_dali, copied_beton, change):
+    loader = open_dali(copied_beton, RECIPES, batch_size=4, shuffle=False)
+    sample = 32 + int(read_tables(copied_beton).data_sizes[32:64].argmax())
+    assert read_tables(copied_beton).modes[sample] != IMAGE_RAW
+    batches = loader.epoch(0)
+    next(batches)
+    overwrite(copied_beton, sample, change)
+    for _ in range(sample // 4 - 1):
+        next(batches)
+    with pytest.raises(
+        DataError, match=rf"damaged\.beton: sample {sample} does not match its checksum.*--verify"
+    ) as raised:
+        next(batches)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_without_checksums_dali_notices_only_what_it_cannot_decode(
+    open_dali, copied_beton, change, monkeypatch
+):
+    """A file of 0.1.0, damaged after its blocks were checked: as long as it is so, the docstring has to say so."""
+    loader = open_dali(copied_beton, RECIPES, batch_size=8, shuffle=False)
+    loader.images = replace(loader.images, tables=replace(loader.images.tables, checksums=None))
+    sample = int(read_tables(copied_beton).data_sizes[:64].argmax())
+    overwrite(copied_beton, sample, change)
+    monkeypatch.setattr(HeldFile, "check_unchanged", lambda file: None)
+    batches = loader.epoch(0)
+    for _ in range(sample // 8):
+        next(batches)
+    if change in (spoil_some_bytes, end_early):
+        assert len(list(batches)) == 8 - sample // 8
+        return
+    with pytest.raises(
+        DataError, match=rf"damaged\.beton: sample {sample} does not decode.*--verify"
+    ) as raised:
+        next(batches)
+    assert "\n" not in str(raised.value)
+    assert len(list(loader.epoch(0, start_step=sample // 8 + 1))) == 8 - (sample // 8 + 1)
 
 
 def test_a_damaged_or_missing_file_of_a_folder_is_named(open_dali, tmp_path):
