@@ -142,7 +142,12 @@ def study_case(folder: Path, config: Path, *, first_steps: int, num_steps: int) 
         name="study, extended" if first_steps else "study",
         start=start,
         arguments=lambda work, again: (
-            "study", study, "--out", work / "study", "--train.max-steps", num_steps
+            "study",
+            study,
+            "--out",
+            work / "study",
+            "--train.max-steps",
+            num_steps,
         ),
         result=_study_result,
     )

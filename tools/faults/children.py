@@ -22,6 +22,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from fast_essl.config import ConfigError
 from loaders.errors import DataError
 
@@ -117,6 +119,7 @@ def _be_the_child(action: Callable[[], Any], value_file: Path, errors: Path, out
         sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False))
         sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), line_buffering=True)
         sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), line_buffering=True)
+        torch.set_num_threads(1)
         code, value = _called(action)
         if code == 0:
             # Through the system, since the action may have made the writing of files fail.

@@ -1,4 +1,4 @@
-"""The files that faults are injected into, made here: noise and photographs as `.beton`, configurations of tiny runs."""
+"""What faults are injected into, made here: noise and photographs as `.beton`, configurations of tiny runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 METHODS = ("e_simclr", "e_simsiam", "e_barlow_twins", "simclr")
 WIDTHS = (8, 16)
-NUM_STEPS = 12
+NUM_STEPS = 8
 MIXED_SIDE = 160
 """Of the images that conversions are tried with, pixels."""
 CONFIG = """
@@ -24,6 +24,7 @@ train = "{folder}/train.beton"
 test = "{folder}/test.beton"
 loader = "{loader}"
 num_workers = 1
+view_stage = "{view_stage}"
 
 [views]
 eval_size = 16
@@ -45,10 +46,10 @@ hidden = 16
 warmup_epochs = 1
 
 [train]
-epochs = 3
+epochs = 2
 batch_size = 8
 log_every = 1
-knn_every = 2
+knn_every = 1
 checkpoint_every = 3
 num_threads = {num_threads}
 """
@@ -78,10 +79,15 @@ BETON_FILES = {
 }
 
 
-def make_beton(name: str, folder: Path) -> Path:
-    """One of `BETON_FILES`. Errors: `RuntimeError` when it cannot be converted."""
+def make_beton(name: str, folder: Path, share: float) -> Path:
+    """One of `BETON_FILES`, smaller where less than a tenth of the faults is asked for.
+
+    Errors: `RuntimeError` when it cannot be converted.
+    """
     source = folder / f"{name} source"
     size = BETON_FILES[name]
+    num_images = max(40, round(size.num_images * min(1, 10 * share)))
+    size = BetonSize(num_images=num_images, side=size.side)
     make_images = _write_photographs if name == "photographs" else _write_noise
     return _converted(
         partial(make_images, source, size), source, folder / f"{name.replace(' ', '-')}.beton", folder
@@ -95,13 +101,23 @@ def make_training_data(folder: Path) -> None:
         _converted(partial(_write_tinted, source, num_images, seed), source, folder / f"{name}.beton", folder)
 
 
-def make_config(folder: Path, method: str, width: int) -> Path:
-    """A configuration of `NUM_STEPS` steps on `make_training_data`; an evaluation at step 8, a checkpoint every third."""
+def make_config(folder: Path, method: str, width: int, *, num_threads: int = 1) -> Path:
+    """A configuration of `NUM_STEPS` steps on `make_training_data`; a checkpoint every third, two evaluations.
+
+    Args: with several threads the loader has a process of its own, and the view stage is the compiled one.
+    """
     path = folder / f"{method}-{width}.toml"
-    # Two threads and the loader's process at one width, one thread and no other process at the other.
-    loader, num_threads = ("torch", 2) if width == min(WIDTHS) else ("device", 1)
-    text = CONFIG.format(method=method, folder=folder, loader=loader, width=width, num_threads=num_threads)
-    path.write_text(text)
+    loader, view_stage = ("device", "reference") if num_threads == 1 else ("torch", "auto")
+    path.write_text(
+        CONFIG.format(
+            method=method,
+            folder=folder,
+            loader=loader,
+            view_stage=view_stage,
+            width=width,
+            num_threads=num_threads,
+        )
+    )
     return path
 
 

@@ -26,7 +26,7 @@ from fast_essl.config import ConfigError
 from loaders.errors import DataError
 
 NUM_FLIPS = 400
-NUM_BESIDE = 80
+NUM_BESIDE = 40
 """Flips in the manifest and other files beside a `.beton` file."""
 FLIPS_A_SERIES = 10
 """Read by one process in turn, so that FFCV's many seconds of compilation are paid for once."""
@@ -71,20 +71,24 @@ class Series:
     """Number of the first flip, for its seed."""
 
 
-def inject(folder: Path, *, share: float, seed: int, in_parallel: Callable[..., list[Any]]) -> list[Injection]:
+def inject(
+    folder: Path, *, share: float, seed: int, in_parallel: Callable[..., list[Any]]
+) -> list[Injection]:
     """Flip bits of each of `data.BETON_FILES`."""
     references: dict[tuple[str, str], dict[Any, Any]] = {}
     series: list[Series] = []
     for name in data.BETON_FILES:
-        path = data.make_beton(name, folder)
-        for loader in (*LOADERS[name], "ffcv"):
+        path = data.make_beton(name, folder, share)
+        of_file = _series(name, path, share, random.Random(f"{seed} {name}"))
+        for loader in sorted({one.loader for one in of_file}):
             outcome = children.run(
                 partial(read_epoch, loader, path, data.BETON_FILES[name].side), folder=folder, limit_s=120
             )
             if outcome.code:
                 raise RuntimeError(f"{path}: {loader} does not read it whole: {outcome.stderr}")
             references[name, loader] = outcome.value
-        series += _series(name, path, share, random.Random(f"{seed} {name}"))
+        series += of_file
+    random.Random(seed).shuffle(series)  # so that FFCV's are dealt to all processes
     work = partial(_read_series, source=folder, references=references)
     return [injection for found in in_parallel(series, work) for injection in found]
 
@@ -108,7 +112,7 @@ def _series(name: str, path: Path, share: float, chance: random.Random) -> list[
     for first in range(0, len(flips), FLIPS_A_SERIES):
         number = first // FLIPS_A_SERIES
         others = LOADERS[name]
-        loader = "ffcv" if number % SERIES_OF_FFCV == 0 else others[number % len(others)]
+        loader = "ffcv" if number % SERIES_OF_FFCV == SERIES_OF_FFCV // 2 else others[number % len(others)]
         found.append(
             Series(name=name, loader=loader, flips=flips[first : first + FLIPS_A_SERIES], first=first)
         )
@@ -152,7 +156,14 @@ def _read_series(
         answers.unlink(missing_ok=True)
         rest = series.flips[done:]
         action = partial(
-            _read_all, rest, series.loader, folder / beton, side, len(reference) - 1, series.first + done, answers
+            _read_all,
+            rest,
+            series.loader,
+            folder / beton,
+            side,
+            len(reference) - 1,
+            series.first + done,
+            answers,
         )
         ended = children.run(action, folder=folder, limit_s=60 + 20 * len(rest))
         for flip, (read, verified) in zip(rest, _pickles(answers), strict=False):
@@ -163,7 +174,12 @@ def _read_series(
             flip.do(folder)  # the process ended before it could
             verdict, detail = judge(ended, [], same=False)
             found.append(
-                Injection(kind=f"flip: {series.name}", fault=_described(series, flip), verdict=verdict, detail=detail)
+                Injection(
+                    kind=f"flip: {series.name}",
+                    fault=_described(series, flip),
+                    verdict=verdict,
+                    detail=detail,
+                )
             )
             done += 1
     return found
@@ -204,8 +220,8 @@ def _is_flipped(flip: Flip, folder: Path) -> bool:
 
 
 def _subset(flip: Flip, num_samples: int, number: int) -> np.ndarray | None:
-    """The samples to read: all of a small file and for every tenth flip, else the one that is hit and some others."""
-    if num_samples <= 2500 and number % 3 == 0 or number % 10 == 0:
+    """The samples to read: all of them now and then, else the one that is hit and some others."""
+    if number % (3 if num_samples <= data.BETON_FILES["one block"].num_images else 20) == 0:
         return None
     chosen = set(random.Random(number).sample(range(num_samples), 30))
     if flip.sample is not None:

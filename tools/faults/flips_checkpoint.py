@@ -20,7 +20,7 @@ from tally import Injection, judge
 
 NUM_FLIPS = 1000
 FIRST_STEPS, STEPS = 2, 3
-OPTIONS = ("--train.num-threads", "1", "--train.knn-every", "0", "--data.loader", "device")
+OPTIONS = ("--train.knn-every", "0")
 READERS = {"resume": 5, "evaluate": 2, "init-from": 2, "export": 1}
 """Who reads the flipped file, and how often of ten times."""
 
@@ -35,12 +35,16 @@ class Flip:
     bit: int
 
 
-def inject(folder: Path, *, share: float, seed: int, in_parallel: Callable[..., list[Any]]) -> list[Injection]:
+def inject(
+    folder: Path, *, share: float, seed: int, in_parallel: Callable[..., list[Any]]
+) -> list[Injection]:
     """Flip bits of a checkpoint that a run is resumed from, evaluated by, started from, or exported from."""
     data.make_training_data(folder)
     config = data.make_config(folder, "e_simclr", 8)
     run_dir = folder / "run"
-    made = children.run(_reading("pretrain", config, run_dir, run_dir / "last.pt", FIRST_STEPS), folder=folder)
+    made = children.run(
+        _reading("pretrain", config, run_dir, run_dir / "last.pt", FIRST_STEPS), folder=folder
+    )
     if made.code:
         raise RuntimeError(f"the run to resume: {made.stderr}")
     references = {}
@@ -65,7 +69,7 @@ def _flip(run_dir: Path, chance: random.Random) -> Flip:
 
 
 def _offset(path: Path, chance: random.Random) -> int:
-    """Half anywhere, the rest where a zip's checksums do not reach: its directory, and the entries' attributes there."""
+    """Half anywhere, the rest where a zip's checksums do not reach: its directory, and the attributes in it."""
     content = path.read_bytes()
     entries = [match.start() for match in re.finditer(rb"PK\x01\x02", content)]
     region = chance.choices(["anywhere", "directory", "attributes"], [50, 35, 15])[0]
@@ -95,9 +99,7 @@ def _inject(
 
 def _reading(reader: str, config: Path, run_dir: Path, file: Path, num_steps: int) -> Callable[[], Any]:
     if reader == "evaluate":
-        return children.command(
-            "evaluate", run_dir, "--train.num-threads", "1", result=partial(_accuracies, run_dir)
-        )
+        return children.command("evaluate", run_dir, result=partial(_accuracies, run_dir))
     if reader == "export":
         out = run_dir / "exported.pth"
         return children.command("export", run_dir, out, result=partial(_exported, out))
@@ -106,9 +108,7 @@ def _reading(reader: str, config: Path, run_dir: Path, file: Path, num_steps: in
         started = run_dir / "started"
         more = ("1", "--run-dir", started, "--train.init-from", file)
         return children.command(*pretrain, *more, result=partial(tensors_digest, started / "last.pt"))
-    return children.command(
-        *pretrain, num_steps, "--run-dir", run_dir, result=partial(run_result, run_dir)
-    )
+    return children.command(*pretrain, num_steps, "--run-dir", run_dir, result=partial(run_result, run_dir))
 
 
 def _accuracies(run_dir: Path) -> Any:

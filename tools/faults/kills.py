@@ -53,9 +53,7 @@ class Kill:
     seed: str
 
 
-def inject_kills(
-    kills: list[Kill], in_parallel: Callable[..., list[Any]]
-) -> tuple[list[Injection], int]:
+def inject_kills(kills: list[Kill], in_parallel: Callable[..., list[Any]]) -> tuple[list[Injection], int]:
     """The injections, and how many kills came in the middle of training."""
     found = in_parallel(kills, _inject)
     return [injection for injection, _ in found], sum(in_training for _, in_training in found)
@@ -94,9 +92,7 @@ def _inject(kill: Kill, folder: Path) -> tuple[Injection, bool]:
     in_training = False
 
     def ended(verdict: str, detail: str = "") -> tuple[Injection, bool]:
-        return Injection(
-            kind=f"kill: {case.name}", fault=fault, verdict=verdict, detail=detail
-        ), in_training
+        return Injection(kind=f"kill: {case.name}", fault=fault, verdict=verdict, detail=detail), in_training
 
     work = prepare(case, folder)
     for number, moment in enumerate(kill.moments):

@@ -15,7 +15,9 @@ from tally import Injection
 NUM_AT_RANDOM = 40
 
 
-def inject(folder: Path, *, share: float, seed: int, in_parallel: Callable[..., list[Any]]) -> list[Injection]:
+def inject(
+    folder: Path, *, share: float, seed: int, in_parallel: Callable[..., list[Any]]
+) -> list[Injection]:
     """Kill conversions; then the pair is absent, the old or the new one, and the name can be converted to again."""
     chance = random.Random(f"{seed} conversion")
     injections, kills = [], []
@@ -24,12 +26,12 @@ def inject(folder: Path, *, share: float, seed: int, in_parallel: Callable[..., 
         if isinstance(observed, str):
             injections.append(not_reproducible(case, observed))
             continue
+        # Before each step, after the last one, and in the middle of each write.
         moments = [
             Moment(signal=number, step=StepFault(step=step, what=number, torn=torn))
             for number in signals
-            for step in range(1, len(observed.steps) + 2)
-            for torn in ((False, True) if observed.steps[step - 1 : step][:1] else (False,))
-            if not torn or observed.steps[step - 1].startswith("write")
+            for step, name in enumerate([*observed.steps, "the end"], 1)
+            for torn in ((False, True) if name.startswith("write") else (False,))
         ]
         moments += [
             Moment(signal=signals[number % 2], after_s=chance.random() * observed.duration_s)

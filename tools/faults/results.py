@@ -124,6 +124,4 @@ def _metrics(path: Path) -> Any:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError) as error:
         return f"none: {type(error).__name__}"
-    return [
-        {name: value for name, value in line.items() if not name.endswith(TIMES)} for line in lines
-    ]
+    return [{name: value for name, value in line.items() if not name.endswith(TIMES)} for line in lines]
