@@ -74,9 +74,7 @@ def attempt(
         FileSteps(work, fault).install()
         return action()
 
-    return children.run(
-        action if fault is None else with_fault, folder=folder, limit_s=90, meanwhile=meanwhile
-    )
+    return children.run(action if fault is None else with_fault, folder=folder, meanwhile=meanwhile)
 
 
 def observe(case: Case, folder: Path) -> Observed:

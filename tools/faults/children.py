@@ -27,6 +27,8 @@ import torch
 from fast_essl.config import ConfigError
 from loaders.errors import DataError
 
+LIMIT_S = 180.0
+"""What takes longer hangs. A child takes about a second, on a machine with much else to do some ten."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -48,7 +50,7 @@ def run(
     action: Callable[[], Any],
     *,
     folder: Path,
-    limit_s: float = 60,
+    limit_s: float = LIMIT_S,
     meanwhile: Callable[[Child], None] | None = None,
 ) -> Outcome:
     """Run `action` in a child and wait for its end.

@@ -82,7 +82,7 @@ def inject(
         of_file = _series(name, path, share, random.Random(f"{seed} {name}"))
         for loader in sorted({one.loader for one in of_file}):
             outcome = children.run(
-                partial(read_epoch, loader, path, data.BETON_FILES[name].side), folder=folder, limit_s=120
+                partial(read_epoch, loader, path, data.BETON_FILES[name].side), folder=folder, limit_s=180
             )
             if outcome.code:
                 raise RuntimeError(f"{path}: {loader} does not read it whole: {outcome.stderr}")
@@ -165,13 +165,14 @@ def _read_series(
             series.first + done,
             answers,
         )
-        ended = children.run(action, folder=folder, limit_s=60 + 20 * len(rest))
+        ended = children.run(action, folder=folder, limit_s=180 + 20 * len(rest))
         for flip, (read, verified) in zip(rest, _pickles(answers), strict=False):
             found += _judged(series, flip, read, verified, reference, folder)
             done += 1
         if done < len(series.flips) and (ended.code or ended.hung):
             flip = series.flips[done]
-            flip.do(folder)  # the process ended before it could
+            if _is_flipped(flip, folder):
+                flip.do(folder)  # the process ended before it could
             verdict, detail = judge(ended, [], same=False)
             found.append(
                 Injection(

@@ -171,7 +171,7 @@ def _attempt(starved: Starved, folder: Path, work: Path) -> Outcome:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-    return children.run(limited, folder=folder, limit_s=90)
+    return children.run(limited, folder=folder)
 
 
 def _can_mount(folder: Path) -> bool:

@@ -36,9 +36,8 @@ class Moment:
     def described(self, steps: list[str]) -> str:
         """For the reader."""
         if self.step is not None:
-            last = self.step.step > len(steps)
-            at = "the end" if last else f"step {self.step.step}, {steps[self.step.step - 1]}"
-            return f"{self.signal} at {at}{' (half written)' if self.step.torn else ''}"
+            half = ", half written" if self.step.torn else ""
+            return f"{self.signal} at step {self.step.step}, {steps[self.step.step - 1]}{half}"
         after = f"line {self.num_lines} of metrics + " if self.num_lines is not None else ""
         return f"{self.signal} after {after}{self.after_s:.3f} s"
 
@@ -71,10 +70,9 @@ def not_reproducible(case: Case, reason: str) -> Injection:
 
 def at_step(observed: Observed, chance: random.Random, number: Signal) -> Moment:
     """A step of a random kind, so that the hundreds of writes leave something for the few renames."""
-    kinds = sorted(set(observed.steps))
-    kind = chance.choice([*kinds, "the end"])
-    numbers = [n for n, name in enumerate(observed.steps, 1) if name == kind] or [len(observed.steps) + 1]
-    fault = StepFault(step=chance.choice(numbers), what=number, torn=chance.random() < 0.5)
+    kind = chance.choice(sorted(set(observed.steps)))
+    step = chance.choice([n for n, name in enumerate(observed.steps, 1) if name == kind])
+    fault = StepFault(step=step, what=number, torn=chance.random() < 0.5)
     return Moment(signal=number, step=fault)
 
 

@@ -26,11 +26,11 @@ def inject(
         if isinstance(observed, str):
             injections.append(not_reproducible(case, observed))
             continue
-        # Before each step, after the last one, and in the middle of each write.
+        # Before each step, and in the middle of each write.
         moments = [
             Moment(signal=number, step=StepFault(step=step, what=number, torn=torn))
             for number in signals
-            for step, name in enumerate([*observed.steps, "the end"], 1)
+            for step, name in enumerate(observed.steps, 1)
             for torn in ((False, True) if name.startswith("write") else (False,))
         ]
         moments += [
