@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import signal
 import threading
 import time
 import uuid
@@ -98,6 +99,9 @@ def process_group() -> Iterator[None]:
             f"another rank ended, or {wait}: {reason}; the same command continues from the checkpoint"
         ) from error
     except BaseException:
+        # All ranks end now, each with its own exit code, and torchrun would send a signal to the slower ones.
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if dist.is_initialized():
             dist.destroy_process_group()  # its threads would abort the interpreter's end
         raise

@@ -200,6 +200,57 @@ def test_a_lower_target_is_read_from_the_log_and_a_higher_one_goes_on(
     assert record["runs"][0]["step"] == NUM_STEPS and record["runs"][0]["num_starts"] == 2
 
 
+def test_a_log_that_changed_since_the_run_s_end_is_no_result(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(tiny_config, "--speedrun.runs 1 --speedrun.target 0.45")
+    _accuracies(monkeypatch, [0.1, 0.5])
+    _run(config, tmp_path)
+    log = tmp_path / "runs/tiny/seed0" / run_folder.METRICS
+    log.write_text(log.read_text().replace('"knn_top1": 0.5', '"knn_top1": 0.9'))
+    with pytest.raises(ConfigError, match=rf"{log}: not that of the run's end any more"):
+        _run(config, tmp_path)
+
+
+def test_a_log_that_is_ahead_of_the_checkpoint_is_no_result(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a run that was killed between the evaluation that reached the target and its checkpoint."""
+    config = _config(tiny_config, "--speedrun.runs 1 --speedrun.target 0.6")
+    _accuracies(monkeypatch, [0.1, 0.5, 0.7])
+    fsync, run_dir = os.fsync, tmp_path / "runs/tiny/seed0"
+
+    def killed_at_the_last_checkpoint(descriptor: int) -> None:
+        if (run_dir / run_folder.BACKBONE).exists():
+            raise KeyboardInterrupt
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", killed_at_the_last_checkpoint)
+        with pytest.raises(KeyboardInterrupt):
+            _run(config, tmp_path)
+    before = load_file(run_dir / run_folder.CHECKPOINT)["step"]
+    _accuracies(monkeypatch, [0.1, 0.5, 0.8])
+    record, _ = _run(config, tmp_path)
+    (run,) = record["runs"]
+    assert run["step"] == load_file(run_dir / run_folder.CHECKPOINT)["step"] > before
+    assert run["num_starts"] == 2
+
+
+@pytest.mark.parametrize("name", [speedrun.STARTS, run_folder.ENVIRONMENT, run_folder.METRICS])
+def test_a_damaged_file_of_a_run_is_one_line(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    config = _config(tiny_config, "--speedrun.runs 1 --speedrun.target 0.45")
+    _accuracies(monkeypatch, [0.1, 0.5])
+    _run(config, tmp_path)
+    path = tmp_path / "runs/tiny/seed0" / name
+    path.write_text(path.read_text()[:20])
+    with pytest.raises((DataError, ConfigError), match=f"{path}: ") as error:
+        _run(config, tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_missing_data_are_converted_and_timed_apart(tiny_config: Path, tmp_path: Path) -> None:
     paths = f"--data.train {tmp_path}/data/train.beton --data.test {tmp_path}/data/test.beton"
     source = tiny_config.parent / "train"  # its image folder, for both splits
