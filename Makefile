@@ -30,8 +30,9 @@ setup-dali: $(READY)
 run: $(READY)
 	@$(BIN)/fast-essl demo $(ARGS)
 
+# A process a core, each with whole files, so that what a file's tests share is made once.
 test: $(READY)
-	@$(BIN)/python -m pytest $(TESTARGS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TESTARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check
