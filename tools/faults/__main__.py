@@ -55,6 +55,8 @@ IMPORTED = (
     "tyro",
 )
 """What the children use, imported once; torch._dynamo alone takes a second and comes with the first optimizer."""
+NUM_SHOWN = 4
+"""Injections of a kind and a verdict that are printed; the file of `--out` has them all."""
 
 
 def main() -> int:
@@ -77,7 +79,11 @@ def main() -> int:
             injections += found
             print(f"{part}: {_counts(found)}; {time.monotonic() - part_started:.0f} s", flush=True)
     bad = [injection for injection in injections if injection.verdict in BAD]
-    for injection in bad[:40]:
+    shown: Counter[tuple[str, str]] = Counter()
+    for injection in bad:
+        shown[injection.kind, injection.verdict] += 1
+        if shown[injection.kind, injection.verdict] > NUM_SHOWN:
+            continue
         print(f"{injection.verdict}: {injection.kind}: {injection.fault}: {injection.detail[:300]}")
     print(f"\n{table(injections)}\n\n{time.monotonic() - started:.0f} s, seed {arguments.seed}")
     if arguments.out is not None:

@@ -101,13 +101,15 @@ def make_training_data(folder: Path) -> None:
         _converted(partial(_write_tinted, source, num_images, seed), source, folder / f"{name}.beton", folder)
 
 
-def make_config(folder: Path, method: str, width: int, *, num_threads: int = 1) -> Path:
+def make_config(
+    folder: Path, method: str, width: int, *, num_threads: int = 1, loader: str = "device"
+) -> Path:
     """A configuration of `NUM_STEPS` steps on `make_training_data`; a checkpoint every third, two evaluations.
 
-    Args: with several threads the loader has a process of its own, and the view stage is the compiled one.
+    Args: with the loader `torch`, which has a process of its own, the view stage is the compiled one. Both take longer.
     """
     path = folder / f"{method}-{width}.toml"
-    loader, view_stage = ("device", "reference") if num_threads == 1 else ("torch", "auto")
+    view_stage = "reference" if loader == "device" else "auto"
     path.write_text(
         CONFIG.format(
             method=method,

@@ -24,7 +24,13 @@ def inject(
     # Gradients of narrow networks are known to have been wrong with two threads.
     cases = [
         run_case(
-            data.make_config(folder, method, width, num_threads=2 if width == min(data.WIDTHS) else 1),
+            data.make_config(
+                folder,
+                method,
+                width,
+                num_threads=2 if width == min(data.WIDTHS) else 1,
+                loader="torch" if method == "e_simclr" else "device",
+            ),
             f"{method}, width {width}",
         )
         for method in data.METHODS
