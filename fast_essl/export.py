@@ -54,7 +54,9 @@ def export_backbone(source: Path, out: Path, *, overwrite: bool = False) -> str:
             "stem": network.stem,
             "version": __version__,
         }
-        if "format_version" in content:  # ours: elsewhere, a step may count something else
+        if (
+            "format_version" in content and "step" in content
+        ):  # ours: elsewhere, a step may count something else
             metadata["step"] = str(content["step"])
         write_bytes(out, safetensors.torch.save(state, metadata))
     num_parameters = sum(value.numel() for key, value in state.items() if key.endswith(("weight", "bias")))
