@@ -64,6 +64,7 @@ def probe_run(
     Errors: `ConfigError`, `DataError`, before the first step; `NonFiniteLossError` for a fit that diverged.
     Source: paper, section 4; its official release's `eval_loop` (CIFAR-10) and `linear_probe.py` (ImageNet).
     """
+    records.refuse_irregular(run_dir / PROBE)
     config, backbone, step = load_run(run_dir, overrides)
     device, _ = resolve_device(config)
     probe = config.probe
@@ -120,6 +121,8 @@ def finetune_run(
     config, pretrained, step = load_run(run_dir, overrides)
     device, _ = resolve_device(config)
     settings = config.finetune
+    path = run_dir / f"finetune-{settings.label_share:g}.json"
+    records.refuse_irregular(path)
     labels = open_beton(config.data.train).labels
     num_labelled = len(labelled_subset(labels, share=settings.label_share, seed=config.train.seed))
     batch_size = min(settings.batch_size, num_labelled)
@@ -169,7 +172,7 @@ def finetune_run(
         **fits,
         "num_labelled": num_labelled,
     }
-    return _write(run_dir / f"finetune-{settings.label_share:g}.json", result)
+    return _write(path, result)
 
 
 def labelled_subset(labels: np.ndarray, *, share: float, seed: int) -> np.ndarray:

@@ -193,7 +193,7 @@ def run_bench(options: BenchOptions, *, say: Callable[[str], None] = print) -> d
         "verdict": dataclasses.asdict(verdict) if verdict else None,
         "epoch_s": epoch_s,
     }
-    write_results(options.out / RESULTS, results)
+    records.write_json(options.out / RESULTS, results)
     say(f"{options.out / RESULTS}")
     if measured.rows:
         about = (
@@ -367,8 +367,3 @@ def _conclude(
             f"{NUM_IMAGENET_SAMPLES:,}, were they like these, {duration(epoch_s['imagenet'])}"
         )
     return verdict, epoch_s
-
-
-def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    records.write_json(path, results)

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fast_essl import protocols, run_folder
+from fast_essl import protocols, records, run_folder
+from fast_essl.checkpoint import load_file, weights_digest
 from fast_essl.cli import main
 from fast_essl.config import ConfigError
 from fast_essl.config_io import load_config
@@ -102,6 +103,8 @@ def test_the_probe_leaves_the_run_as_it_is_and_writes_its_result(run_dir):
     assert (run_dir / run_folder.CHECKPOINT).read_bytes() == before
     assert json.loads((run_dir / "probe.json").read_text()) == json.loads(json.dumps(result))
     assert result["step"] == 3 and result["num_train"] == 34 and result["num_test"] == 10
+    state = load_file(run_dir / run_folder.CHECKPOINT)["method"]
+    assert result["measured"]["weights"] == weights_digest(state, "backbone.") and records.is_sealed(result)
     assert result["top1"]["n"] == 2 and result["protocol"]["epochs"] == 3
     assert result["top1"]["mean"] == pytest.approx(np.mean(result["top1"]["values"]))
     assert result["top1"]["stdev"] == pytest.approx(np.std(result["top1"]["values"], ddof=1))
@@ -180,6 +183,8 @@ def test_fine_tuning_uses_the_share_of_labels(run_dir):
     result = finetune_run(
         run_dir, overrides=[*FINETUNE, "--finetune.num-fits", "2"], say=said.append, show_progress=False
     )
+    state = load_file(run_dir / run_folder.CHECKPOINT)["method"]
+    assert result["measured"]["weights"] == weights_digest(state, "backbone.") and records.is_sealed(result)
     # 17 images a class: half is 8 of each.
     assert result["num_labelled"] == 16 and said[0].endswith("16 of 34 labels, 16 a batch")
     assert json.loads((run_dir / "finetune-0.5.json").read_text()) == json.loads(json.dumps(result))

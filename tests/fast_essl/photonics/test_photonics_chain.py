@@ -194,6 +194,15 @@ def test_the_study_runs_the_whole_chain_and_takes_what_is_there(smoke, tmp_path,
     )
     assert again == result and table(result) in shown
     assert files == {path: path.stat().st_mtime_ns for path in files}
+    # What was changed or cut is measured again.
+    changed, cut = (Path(f"out/{row}/seed0/finetune-16.json") for row in ("none", "simclr"))
+    changed.write_text(json.dumps({**json.loads(changed.read_text()), "test_error": 0.0}))
+    cut.write_text(cut.read_text()[:30])
+    again = run_study(
+        dataclasses.replace(smoke, study=load_preset(Path("smoke")).study), Path("out"), show_progress=False
+    )
+    for cell, before in zip(again["cells"], result["cells"], strict=True):
+        assert cell["test_error"]["values"] == pytest.approx(before["test_error"]["values"], rel=1e-2)
 
 
 def test_a_study_that_is_stopped_stops_its_runs_with_a_checkpoint(smoke, tmp_path):
