@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from fast_essl import __version__
@@ -23,6 +24,7 @@ from fast_essl.parser import NO_OVERRIDES, Parser, check_options
 from fast_essl.photonics.cli import add_parser as add_photonics
 from fast_essl.speedrun_command import add_speedrun
 from fast_essl.streams import Output, prepare_streams
+from loaders.signals import terminated_as_exit
 
 PRETRAIN_USAGE = "fast-essl pretrain CONFIG [--run-dir DIR] [--section.field VALUE ...]"
 
@@ -31,7 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns its exit code."""
     output = prepare_streams()
     try:
-        code = _run_command(argv)
+        # A rank may wait for others inside of a collective, where no exception reaches it: it ends as signals end it.
+        with nullcontext() if _is_rank() else terminated_as_exit():
+            code = _run_command(argv)
     except SystemExit as end:  # the parser, after a help or a mistake
         raise SystemExit(_finish(output, int(end.code or 0))) from None
     except KeyboardInterrupt:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -32,6 +29,7 @@ from loaders.image_folder import unreadable
 from loaders.jpeg import decoder_name
 from loaders.manifest import BLOCK_BYTES, FORMAT_VERSION, Manifest, block_checksums, manifest_path
 from loaders.names import printable
+from loaders.signals import terminated_as_exit
 
 NAMED_SOURCES: Final = ("cifar10", "photo-digits")
 
@@ -81,7 +79,7 @@ def convert(
     dest = resolve_destination(dest)
     check_destination(dest, overwrite)
     opened = open_source(source, split, quality=quality, progress=progress)
-    with _terminated_as_an_exception(), part_file(dest) as part:
+    with terminated_as_exit(), part_file(dest) as part:
         with closing(BetonWriter(part, max_samples=opened.num_samples)) as writer:
             counts, storage, skipped = _fill(writer, opened, options, workers, on_error, progress)
             writer.finish()
@@ -211,23 +209,3 @@ def _describe(options: EncodeOptions, split: str, on_error: str) -> dict[str, An
         "pillow": PIL.__version__,
         "libjpeg_turbo": features.version("libjpeg_turbo"),
     }
-
-
-@contextmanager
-def _terminated_as_an_exception() -> Iterator[None]:
-    """SIGTERM ends the process with code 143 by way of every `finally`, unless the program handles it already."""
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
-    ):
-        yield
-        return
-
-    def end(*_: object) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)

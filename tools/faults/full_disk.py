@@ -143,8 +143,10 @@ def _inject(starved: Starved, folder: Path) -> Injection:
         verdict, detail = judge(outcome, [work], same=outcome.value == starved.observed.result)
         if verdict not in ("noticed", "harmless"):
             return ended(verdict, detail)
-        if left := sorted(set(file_names(work)) - set(starved.observed.files)):
-            return ended("unclear", f"left behind: {left}")
+        left = set(file_names(work)) - set(starved.observed.files)
+        # A manifest that waits for its name is that of a file which has its own: the check below opens the pair.
+        if stray := sorted(name for name in left if not name.endswith(".beton.json.next")):
+            return ended("unclear", f"left behind: {stray}")
         if verdict == "harmless":
             return ended(verdict)
         if wrong_there := case.check(work):
@@ -156,6 +158,8 @@ def _inject(starved: Starved, folder: Path) -> Injection:
         if verdict_again != "harmless":
             bad = "unclear" if verdict_again == "noticed" else verdict_again
             return ended(bad, f"when run again: {detail_again}; first: {detail}")
+        if left := sorted(set(file_names(work)) - set(starved.observed.files)):
+            return ended("unclear", f"left behind when run again: {left}")
         return ended(verdict, detail)
 
 
