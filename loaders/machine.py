@@ -13,13 +13,18 @@ ROOT = Path("/")
 """Where `proc` and `sys` lie; tests have their own."""
 
 
+def own_cores() -> set[int]:
+    """The numbers of the cores that the process may run on."""
+    return os.sched_getaffinity(0)
+
+
 def num_cores(root: Path = ROOT) -> int:
     """Threads that can compute at the same time: the cores that the process may run on, within its cgroups' quota.
 
     A quota that is no whole number is rounded up: three threads share 2.5 cores and use them whole, two would leave
     half a core idle. Half a core is one thread.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = len(own_cores())
     for folder in _cgroup_folders(root, "cpu"):
         quota, period = _cpu_quota(folder)
         if quota > 0:

@@ -12,7 +12,7 @@ from typing import Any
 from fast_essl.bench import loading, step
 from fast_essl.bench.measuring import Row, cpu_s
 from fast_essl.bench.table import number
-from loaders.machine import num_cores
+from loaders.machine import num_cores, own_cores
 
 TOLERANCE = 0.15
 """How far two figures' ranges may lie apart, as a share, before they contradict each other."""
@@ -93,7 +93,7 @@ def _core_times(stat: Path) -> tuple[float, float, int] | None:
         lines = [line.split() for line in stat.read_text().splitlines()]
     except OSError:
         return None
-    mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    mine = {f"cpu{core}" for core in own_cores()}
     ticks = [[int(word) for word in words[1:9]] for words in lines if words and words[0] in mine]
     if not ticks or any(len(core) < 8 for core in ticks):
         return None
