@@ -286,7 +286,33 @@ def _cut_sample(descriptor, span, expected, is_jpeg, shape, boxes, sizes, cubic,
     return np.int32(0)
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+# Compiled when it is imported, for these types alone, so that no loader's thread compiles.
+_TABLES = types.Tuple(
+    [
+        types.uint64[::1],
+        types.uint64[::1],
+        types.uint64[::1],
+        types.uint8[::1],
+        types.uint16[::1],
+        types.uint16[::1],
+    ]
+)
+
+
+@numba.njit(
+    types.void(
+        types.int64,
+        types.int64[:, ::1],
+        _TABLES,
+        types.int64[::1],
+        types.uint8[::1],
+        types.uint8[:, ::1],
+        types.int32[::1],
+    ),
+    cache=True,
+    nogil=True,
+    parallel=True,
+)
 def cut_batch(descriptor, rows, tables, sizes, cubic, crops, status):  # type: ignore[no-untyped-def]
     """Read, check and decode samples, and cut their crops, with all of numba's threads.
 

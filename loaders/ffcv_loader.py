@@ -47,12 +47,20 @@ def _thread_counts_kept() -> Iterator[None]:
 
 @contextmanager
 def _nothing_compiled() -> Iterator[None]:
-    """FFCV would compile each function for each loader again, and never free it."""
+    """FFCV would compile each function for each loader again, and never free it.
+
+    For its own way of reading, which is not used here, it also marks array types as read-only that numba shares in the
+    whole process (ffcv 1.0.2, `OSCacheManager.state_type`). That changes their hash, and numba's tables of compiled
+    functions, which have them as keys, lead to errors and endless loops.
+    """
+    compile_reader = OSCacheManager.compile_reader
+    OSCacheManager.compile_reader = lambda manager: None
     Compiler.set_enabled(False)
     try:
         yield
     finally:
         Compiler.set_enabled(True)
+        OSCacheManager.compile_reader = compile_reader
 
 
 @contextmanager
@@ -73,6 +81,7 @@ with _thread_counts_kept(), _plain_dict():  # importing it alone leaves both cou
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
     from ffcv.loader import Loader
     from ffcv.loader.epoch_iterator import EpochIterator
+    from ffcv.memory_managers.os_cache import OSCacheManager
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.compiler import Compiler
     from ffcv.pipeline.state import State

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from support import photograph
 
-from loaders.cut import decode_jpeg, resize_crop
+from loaders.cut import cut_batch, decode_jpeg, resize_crop
 
 FILTERS = {0: Image.Resampling.BILINEAR, 1: Image.Resampling.BICUBIC}
 
@@ -90,3 +90,9 @@ def test_photographs_within_a_level_of_pillow(shared_photos):
         )
         for cubic, size in ((1, 224), (0, 96)):
             assert _compare(image, (top, left, height, width), cubic, size).mean() <= 1.0, path
+
+
+def test_no_thread_compiles_the_loop_of_the_loader():
+    assert len(cut_batch.signatures) == 1
+    with pytest.raises(TypeError, match="No matching definition"):
+        cut_batch(0, np.zeros((1, 5), np.int32), (), np.ones(1), np.zeros(1), np.zeros((1, 3)), np.zeros(1))

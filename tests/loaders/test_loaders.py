@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -244,3 +245,13 @@ def test_an_unknown_loader_is_refused(photo_beton):
 def test_more_threads_than_numba_has_are_refused(photo_beton):
     with pytest.raises(ValueError, match="NUMBA_NUM_THREADS=99"):
         FFCVLoader(photo_beton, RECIPES, batch_size=8, num_workers=99)
+
+
+def test_opening_a_loader_changes_none_of_numba_s_types(photo_beton):
+    """FFCV would mark those of its memory map as read-only, and numba share them with all compiled functions."""
+    kinds = [numba.uint8[::1], numba.uint64[::1]]
+    before = [(kind, hash(kind), kind.mutable) for kind in kinds]
+    with contextlib.closing(open_loader("ffcv", photo_beton, (Recipe(size=8),), batch_size=4)) as loader:
+        next(loader.epoch(0))
+    assert [(kind, hash(kind), kind.mutable) for kind in kinds] == before
+    assert all(kind.mutable for kind in kinds)
