@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fast_essl import records, run_folder
-from fast_essl.checkpoint import decode, remark_without_digest, weights_digest
+from fast_essl.checkpoint import decode, has_digest, remark_without_digest, weights_digest
 from fast_essl.config import ConfigError, ModelConfig
 from fast_essl.resnet import ResNet, Stem, build_backbone
 from loaders.errors import DataError
@@ -186,7 +186,7 @@ class _TooLargeError(Exception):
 
 def _load(content: bytes) -> Any:
     """What `torch.save` wrote."""
-    if content.startswith(b"PK"):
+    if content.startswith(b"PK") and not has_digest(content):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             num_bytes = sum(part.file_size for part in archive.infolist())
         if num_bytes > MAX_INFLATION * len(content):

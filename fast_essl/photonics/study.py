@@ -7,17 +7,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import multiprocessing
 import signal
 import statistics
-import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType
 from typing import Any, get_args
 
 from fast_essl import records
@@ -39,6 +37,7 @@ from fast_essl.photonics.pretrain import pretrain_cells
 from fast_essl.photonics.store import CellFile, read_cells
 from loaders.errors import DataError
 from loaders.machine import num_cores
+from loaders.signals import terminated_as_exit
 
 RESULTS = "study.json"
 METRICS = ("test_error", "validation_error")
@@ -167,17 +166,23 @@ def _all_run(
     # Two progress bars would write over each other: the study tells of finished runs instead.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    forkserver.ensure_running()  # before SIGTERM is blocked below, which it would pass on to all runs
     waiting, running = tasks[::-1], dict[Connection, tuple[BaseProcess, Path]]()
-    with _sigterm_raises():
+    with terminated_as_exit():
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
                     task = waiting.pop()
                     ours, theirs = context.Pipe(duplex=False)
                     process = context.Process(target=_run_and_tell, args=(theirs, *task), daemon=True)
-                    process.start()
+                    # A SIGTERM in between would leave a process that nobody stops.
+                    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+                    try:
+                        process.start()
+                        running[ours] = process, task[2]
+                    finally:
+                        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
                     theirs.close()
-                    running[ours] = process, task[2]
                 for connection in wait(list(running)):
                     assert isinstance(connection, Connection)
                     _raise_what_it_tells(connection, running[connection][1])
@@ -211,23 +216,6 @@ def _raise_what_it_tells(connection: Connection, run_dir: Path) -> None:
         ) from None
     if error is not None:
         raise error
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM as an exception, so that what this process has started is stopped, too."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _spreads(row_dir: Path, num_labels: int, seeds: tuple[int, ...]) -> dict[str, Any]:

@@ -253,7 +253,10 @@ def test_a_damaged_file_of_a_run_is_one_line(
 
 def test_missing_data_are_converted_and_timed_apart(tiny_config: Path, tmp_path: Path) -> None:
     paths = f"--data.train {tmp_path}/data/train.beton --data.test {tmp_path}/data/test.beton"
-    source = tiny_config.parent / "train"  # its image folder, for both splits
+    source = tmp_path / "source"
+    source.mkdir()
+    for split in ("train", "test"):
+        (source / split).symlink_to(tiny_config.parent / split)
     config = _config(tiny_config, f"{paths} --speedrun.source {source} --speedrun.runs 1 --train.max-steps 1")
     record, _ = _run(config, tmp_path)
     assert record["conversion_s"] > 0 and record["data"] == "train"
