@@ -35,7 +35,7 @@ class MetricsFile:
     def __init__(self, path: Path, *, num_bytes: int = 0) -> None:
         """Open for appending after the first `num_bytes`; what a killed run wrote after its checkpoint is dropped.
 
-        Errors: `DataError` for what is no regular file; `OSError`.
+        Errors: `DataError` for what is no regular file; `OSError` with the file's name.
         """
         self._path = path
         self._file = records.open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
@@ -47,7 +47,11 @@ class MetricsFile:
                 "the lines that are lost stay lost"
             )
         self._num_bytes = whole
-        self._file.truncate(whole)
+        try:
+            self._file.truncate(whole)
+        except OSError as error:
+            self._file.close()
+            raise records.named(error, path) from error
 
     def write(self, **values: Any) -> None:
         """Append one line and hand it to the system.

@@ -153,9 +153,16 @@ class _CountedFile(io.FileIO):
         self._steps = steps
 
     def write(self, data: Any) -> int:
-        half = memoryview(data).cast("B")[: memoryview(data).nbytes // 2]
-        self._steps.before("write", self.fileno(), lambda: super(_CountedFile, self).write(half))
-        return super().write(data)
+        content = memoryview(data).cast("B")
+        num_written = 0
+
+        def write_half() -> None:
+            nonlocal num_written
+            num_written = super(_CountedFile, self).write(content[: content.nbytes // 2])
+
+        self._steps.before("write", self.fileno(), write_half)
+        # A process that lives on after its SIGTERM writes the other half.
+        return num_written + super().write(content[num_written:])
 
     def truncate(self, size: int | None = None) -> int:
         self._steps.before("truncate", self.fileno())
