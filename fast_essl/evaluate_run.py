@@ -27,7 +27,7 @@ from fast_essl.staging import to_device
 from loaders import open_loader
 from loaders.batch import Views
 from loaders.errors import DataError
-from loaders.manifest import Manifest
+from loaders.manifest import check_opening
 from loaders.recipe import Recipe
 from loaders.views import resolve_view_stage
 
@@ -130,7 +130,7 @@ def count_classes(config: Config) -> int:
 
     Errors: `DataError` when the splits differ in their classes, for then the same label means different things.
     """
-    train, test = (Manifest.load(path).class_names for path in (config.data.train, config.data.test))
+    train, test = (check_opening(path).class_names for path in (config.data.train, config.data.test))
     if train != test:
         raise DataError(
             f"{config.data.test}: its classes are not those of {config.data.train}; convert both from one source"
@@ -269,8 +269,8 @@ def weights_and_images(config: Config, backbone: ResNet) -> dict[str, str]:
     """The digests of what every evaluation depends on. Errors: `DataError` for a bad manifest."""
     return {
         "weights": weights_digest(backbone.state_dict()),
-        "train": Manifest.load(config.data.train).digest,
-        "test": Manifest.load(config.data.test).digest,
+        "train": check_opening(config.data.train).digest,
+        "test": check_opening(config.data.test).digest,
     }
 
 

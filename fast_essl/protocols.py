@@ -37,7 +37,7 @@ from fast_essl.resnet import ResNet
 from fast_essl.schedule import learning_rate_share
 from fast_essl.staging import to_device
 from loaders.images import open_beton
-from loaders.manifest import Manifest
+from loaders.manifest import check_opening
 from loaders.order import epoch_order
 from loaders.recipe import Recipe
 from loaders.views import resolve_view_stage
@@ -302,7 +302,7 @@ def _fits(
             f"top-1 {spreads['top1']['mean']:.2%} ± {100 * spreads['top1']['stdev']:.2f} "
             f"(sample standard deviation of {num_fits} fits)"
         )
-    num_train = Manifest.load(config.data.train).num_samples
+    num_train = check_opening(config.data.train).num_samples
     return {"num_train": num_train, "num_test": num_test, **spreads}
 
 

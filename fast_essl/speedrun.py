@@ -44,7 +44,7 @@ from fast_essl.source import Source, image_source
 from fast_essl.staging import to_device
 from loaders.batch import Views
 from loaders.errors import DataError
-from loaders.manifest import Manifest
+from loaders.manifest import check_opening
 
 STARTS = "speedrun.json"
 """In a run's folder: what each start of it took, and the goal that it has ended for."""
@@ -178,7 +178,7 @@ def _make_run(
         load_checkpoint(  # errors: `ConfigError` where it is a run of another configuration
             run_dir / run_folder.CHECKPOINT,
             config=config,
-            dataset_digest=Manifest.load(config.data.train).digest,
+            dataset_digest=check_opening(config.data.train).digest,
         )
         say(f"{run_dir}: has ended, reused")
     else:

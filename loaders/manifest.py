@@ -136,7 +136,11 @@ def manifest_path(beton_path: Path) -> Path:
     """Where the manifest of a .beton file stands: beside it, with `.json` behind the whole name.
 
     Where a symbolic link has none beside it, that is beside the file that it leads to.
+
+    Errors: DataError for "", "." and "/", which are no names.
     """
+    if not beton_path.name:
+        raise DataError(f"{beton_path}: is a folder; give the name of a .beton file")
     path = beton_path.with_name(beton_path.name + ".json")
     if beton_path.is_symlink() and not os.path.lexists(path):
         target = Path(os.path.realpath(beton_path))

@@ -270,3 +270,9 @@ def test_file_cut_short(copied: Path) -> None:
     copied.write_bytes(copied.read_bytes()[:-10])
     with pytest.raises(DataError, match="bytes where its manifest says"):
         check_opening(copied)
+
+
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_a_path_without_a_name_is_no_file(path):
+    with pytest.raises(DataError, match=r"is a folder; give the name of a \.beton file"):
+        check_opening(Path(path))
