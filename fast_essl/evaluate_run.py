@@ -246,12 +246,8 @@ def _evaluate_and_write(path: Path, config: Config, backbone: ResNet, step: int)
 
 def _read_evaluation(path: Path, config: Config, backbone: ResNet, step: int) -> dict[str, Any] | None:
     """What was measured before of this very backbone; None where nothing was."""
-    if not path.exists():
-        return None
-    try:
-        result = records.read_json(path, remedy="measured again")
-    except DataError as error:
-        records.remark(str(error))
+    result = records.read_earlier(path)
+    if result is None:
         return None
     if not records.is_sealed(result):
         records.remark(f"{path}: of version 0.1.0, or changed since it was written; measured again")

@@ -126,6 +126,17 @@ def read_any_json(path: Path, *, remedy: str) -> Any:
         raise DataError(f"{path}: damaged, or not JSON ({error}); {remedy}") from None
 
 
+def read_earlier(path: Path) -> dict[str, Any] | None:
+    """What was measured before; None where nothing was, or, with a remark, where the file is damaged."""
+    if not path.exists():
+        return None
+    try:
+        return read_json(path, remedy="measured again")
+    except DataError as error:
+        remark(str(error))
+        return None
+
+
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
     """A result with its checksum, which tells one that was edited or damaged."""
     return {**values, CHECKSUM: _checksum(values)}

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from loaders.checksum import checksum
 from loaders.errors import DataError
-from loaders.held_file import HeldFile
+from loaders.held_file import HeldFile, cannot_write
 
 IMAGE_JPEG: Final = 0
 IMAGE_RAW: Final = 1
@@ -113,7 +113,7 @@ class BetonWriter:
         try:
             self._file = path.open("wb", buffering=1 << 20)
         except OSError as error:
-            raise self._cannot_write(error) from error
+            raise cannot_write(self.path.parent, error) from error
         self._write(lambda: self._file.seek(self._position))
 
     def add(self, mode: int, width: int, height: int, label: int, payload: bytes) -> None:
@@ -175,13 +175,7 @@ class BetonWriter:
         try:
             action()
         except OSError as error:
-            raise self._cannot_write(error) from error
-
-    def _cannot_write(self, error: OSError) -> DataError:
-        return DataError(
-            f"{self.path.parent}: cannot be written to ({error.strerror or error}); "
-            "free some space or choose another place"
-        )
+            raise cannot_write(self.path.parent, error) from error
 
 
 def read_tables(file: HeldFile | Path, *, with_checksums: bool = False) -> BetonTables:

@@ -89,5 +89,12 @@ def cannot_read(path: Path, error: OSError) -> DataError:
     )
 
 
+def cannot_write(folder: Path, error: OSError) -> DataError:
+    """The error for a folder in which the system does not let us write."""
+    return DataError(
+        f"{folder}: cannot be written to ({error.strerror or error}); free some space or choose another place"
+    )
+
+
 def _identity(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns

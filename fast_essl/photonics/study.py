@@ -120,14 +120,12 @@ def run_chain(config: PhotonicsConfig, row: Row, run_dir: Path, show_progress: b
 
 def _is_there(path: Path, wanted: dict[str, Any]) -> bool:
     """Whether a result was measured of this; a damaged one is measured again."""
-    if not path.exists():
-        return False
-    try:
-        result = records.read_json(path, remedy="measured again")
-    except DataError as error:
-        records.remark(str(error))
-        return False
-    return records.is_sealed(result) and wanted == {name: result.get(name) for name in wanted}
+    result = records.read_earlier(path)
+    return (
+        result is not None
+        and records.is_sealed(result)
+        and wanted == {name: result.get(name) for name in wanted}
+    )
 
 
 def empty_lattice_error(file: CellFile, path: Path) -> float:

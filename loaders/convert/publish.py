@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from loaders.errors import DataError
+from loaders.held_file import cannot_write
 from loaders.manifest import Manifest, manifest_path, next_manifest_path
 
 _NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -115,13 +116,6 @@ def publish(manifest: Manifest, part: Path, dest: Path, *, overwrite: bool) -> N
             raise
     except OSError as error:
         raise cannot_write(dest.parent, error) from error
-
-
-def cannot_write(folder: Path, error: OSError) -> DataError:
-    """The error for a folder in which the system does not let us write."""
-    return DataError(
-        f"{folder}: cannot be written to ({error.strerror or error}); free some space or choose another place"
-    )
 
 
 def _part_path(dest: Path) -> Path:
