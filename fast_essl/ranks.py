@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fast_essl.config import ConfigError
 from fast_essl.distributed import max_over_ranks, num_ranks, rank
+from fast_essl.errors import explain
 from loaders import machine
 from loaders.errors import DataError
 
@@ -195,9 +196,8 @@ def all_or_none() -> Iterator[None]:
 
 def _told_by(number: int, error: Exception | None) -> str:
     """The error of a rank as one line; all ranks come here."""
-    line = "" if error is None else " ".join(str(error).split())
-    if isinstance(error, OSError) and error.filename is not None:
-        line = f"{error.filename}: {error.strerror}"
+    explained = None if error is None else explain(error)
+    line = "" if explained is None else " ".join(explained[1].split())
     if num_ranks() == 1:
         return line
     own = line.encode()[:_NUM_REASON_BYTES].ljust(_NUM_REASON_BYTES)
